@@ -69,7 +69,7 @@ def byte_tokenizer(specials: Sequence[str] = (), # strings kept whole as one tok
     core.decoder = decoders.ByteLevel()
     return _wrap(core, specials, chat_template)
 
-# %% ../../nbs/00_core/06_lm.ipynb #51f68b4f
+# %% ../../nbs/00_core/06_lm.ipynb #a4b2b369
 def tiny_lm(tokenizer: PreTrainedTokenizerBase, # sets the vocabulary and the pad and end tokens
             hidden_size: int = 128, # width of the residual stream
             layers: int = 2, # number of transformer blocks
@@ -89,8 +89,9 @@ def tiny_lm(tokenizer: PreTrainedTokenizerBase, # sets the vocabulary and the pa
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**(fields | config)))
+    # top_k 0: left unset, transformers (and so its server) would sample from the 50 likeliest tokens only
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-                                               do_sample=True)
+                                               do_sample=True, top_k=0)
     return model.eval()
 
 def num_parameters(model: torch.nn.Module, # any module

@@ -2,7 +2,7 @@
 import subprocess, sys
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from rlcr_suite.core.plots import spread, color, COLORS, ROLES
 
 DRAW = """
@@ -29,12 +29,14 @@ def test_import_is_light():
     code = "import sys, rlcr_suite.core.plots as p; p.color('rlcr'); sys.exit(any(m in sys.modules for m in ('matplotlib', 'scipy', 'torch')))"
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
+@settings(deadline=None)  # the first call imports SciPy
 @given(st.lists(st.floats(-1e3, 1e3), max_size=30), st.floats(0, 50))
 def test_spread_keeps_gap_order_and_mean(y, gap):
     z, order = spread(y, gap), np.argsort(y, kind='stable')
     assert (np.diff(z[order]) >= gap - 1e-9).all()
     if y: assert np.isclose(z.mean(), np.mean(y), atol=1e-6)     # blocks move about their mean
 
+@settings(deadline=None)  # the first call imports SciPy
 @given(st.lists(st.floats(0, 100), min_size=2, max_size=8), st.integers(0, 2**32 - 1))
 def test_spread_is_the_closest(y, seed):
     "No other feasible positions are nearer in least squares"

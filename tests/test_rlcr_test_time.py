@@ -157,6 +157,7 @@ def test_runs_and_questions_make_one_interval():
 
 @pytest.mark.parametrize("call, message", [
     (lambda a, q, r: votes_curve(a, q, r, Ks=(25,)), "1..24"),
+    (lambda a, q, r: votes_curve(a, q, r, draws=0), "draws must be"),
     (lambda a, q, r: votes_curve(a, q, r[:, :3]), "correct must have shape"),
     (lambda a, q, r: votes_curve(a, q, r * 2), r"correct must lie in \[0, 1\]"),
     (lambda a, q, r: votes_curve(a, q, r, key=lambda y: 0), "two values"),

@@ -8,8 +8,8 @@ __all__ = ['METHODS', 'ATOL', 'encode', 'check_confs', 'tally', 'win_probability
            'ensembled_confidence', 'intra_solution', 'inter_solution', 'cut_after_answer', 'continued',
            'resample_analyses']
 
-# %% ../../nbs/01_rlcr/08_test_time.ipynb #c2dcd5dd
-from collections.abc import Callable, Hashable, Sequence
+# %% ../../nbs/01_rlcr/08_test_time.ipynb #4115e7e2
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
@@ -146,12 +146,15 @@ def ensemble_vote(answers: Sequence[Sequence[str|None]], # (n, K) answers, None 
     "The answer whose confidence, averaged over the samples that gave it, is highest"
     return vote(answers, confs, "ensemble", **kwargs)
 
-# %% ../../nbs/01_rlcr/08_test_time.ipynb #e426ceed
-def _subsets(n: int, pool: int, Ks: Sequence[int], draws: int, seed: int) -> dict[int, list[np.ndarray]]:
-    "K -> index arrays (1 or n, K): all subsets where these are few, else `draws` random ones, nested in K"
-    order = np.random.default_rng(seed).random((draws, n, pool)).argsort(-1)
-    every = lambda K: [np.array([s]) for s in combinations(range(pool), K)]
-    return {K: every(K) if comb(pool, K) <= max(draws, pool) else [o[:, :K] for o in order] for K in Ks}
+# %% ../../nbs/01_rlcr/08_test_time.ipynb #2ce868f8
+def _few(pool: int, K: int, draws: int) -> bool:
+    "Whether all subsets are to be used"
+    return comb(pool, K) <= max(draws, pool)
+
+def _subsets(n: int, pool: int, K: int, draws: int, seed: int) -> Iterator[np.ndarray]:
+    "Index arrays (1 or n, K): all subsets where these are few, else `draws` random ones a question, nested in K"
+    if _few(pool, K, draws): yield from (np.array([s]) for s in combinations(range(pool), K)); return
+    for d in range(draws): yield np.random.default_rng([seed, d]).random((n, pool)).argsort(-1)[:, :K]
 
 def _values(answers, codes, correct, names) -> np.ndarray:
     "(n, m) probability of being right of every distinct answer; 0 where there is none"
@@ -196,7 +199,7 @@ class VotesCurve:
         "(len(Ks),) mean over questions"
         return getattr(self, metric)[method].mean(1)
 
-# %% ../../nbs/01_rlcr/08_test_time.ipynb #a4e6f069
+# %% ../../nbs/01_rlcr/08_test_time.ipynb #4b4d6848
 def votes_curve(answers: Sequence[Sequence[str|None]], # (n, P) pool of sampled answers
                 confs: np.ndarray, # (n, P) their stated confidences in [0,1]
                 correct: np.ndarray|Callable[[int, str], float], # (n, P) grade or probability of being right, or f(question index, answer)
@@ -210,21 +213,21 @@ def votes_curve(answers: Sequence[Sequence[str|None]], # (n, P) pool of sampled 
     "Expected accuracy and Brier score of each vote against K, by paired subsets of one pool of samples. Raises ValueError on K outside 1..P or bad values."
     codes, names = encode(answers, key); q = check_confs(confs, codes.shape); n, pool = codes.shape
     Ks = tuple(Ks) if Ks is not None else tuple(2**i for i in range(pool.bit_length()))
+    if draws < 1: raise ValueError(f"draws must be at least 1; got {draws}")
     if not Ks or not all(1 <= K <= pool for K in Ks): raise ValueError(f"Ks must lie in 1..{pool}, the samples a question; got {Ks}")
     value = _values(answers, codes, correct, names); m = value.shape[1]; rows = np.arange(n)[:, None]
-    subsets = _subsets(n, pool, Ks, draws, seed)
     out = {metric: {meth: np.zeros((len(Ks), n)) for meth in methods} for metric in ("accuracy", "brier", "confidence")}
     for j, K in enumerate(Ks):
-        for idx in subsets[K]:
+        n_subsets = comb(pool, K) if _few(pool, K, draws) else draws
+        for idx in _subsets(n, pool, K, draws, seed):
             sub = codes[rows, idx], q[rows, idx]
             for meth in methods:
                 win, scores = win_probability(*sub, meth, m)
                 rep = _reported(scores, meth, confidence)
                 loss = value * (1 - rep)**2 + (1 - value) * rep**2
                 for metric, x in (("accuracy", value), ("brier", loss), ("confidence", rep)):
-                    out[metric][meth][j] += (win * x).sum(1) / len(subsets[K])
-    exact = tuple(len(subsets[K]) == comb(pool, K) for K in Ks)
-    return VotesCurve(Ks, **out, exact=exact)
+                    out[metric][meth][j] += (win * x).sum(1) / n_subsets
+    return VotesCurve(Ks, **out, exact=tuple(_few(pool, K, draws) for K in Ks))
 
 # %% ../../nbs/01_rlcr/08_test_time.ipynb #27312783
 def votes_over_seeds(curves: Sequence[VotesCurve], # one a training run, over the same questions and Ks

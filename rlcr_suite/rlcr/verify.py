@@ -135,10 +135,10 @@ class _Worker:
             self.process.communicate()
         self.process = None
 
-# %% ../../nbs/01_rlcr/03_verify.ipynb #e36c36cf
-_HERE = "rlcr_suite.rlcr.verify"
+# %% ../../nbs/01_rlcr/03_verify.ipynb #e328b803
 _worker = _Worker()
 atexit.register(_worker.stop)
+_HERE = "rlcr_suite.rlcr.verify"   # what the worker imports; __name__ would be __main__ in a notebook
 
 # %% ../../nbs/01_rlcr/03_verify.ipynb #e29e6862
 def math_match(pred: str, # the stated answer: a number or LaTeX

@@ -73,9 +73,9 @@ def _hotpot_row(row: dict, seed: int, max_chars: int, mode: str) -> dict | str:
     return dict(prompt=_messages(problem, mode), answer=row["answer"], question=row["question"], id=row["id"], kind=kind,
                 golds_left=2 - KINDS.index(kind), dropped=dropped, type=row["type"], level=row["level"])
 
-# %% ../../nbs/01_rlcr/04_data.ipynb #07f468c8
-def _take(ds: "Dataset", n: int, key: Callable[[dict], str], same: Callable[[dict], str], make: Callable[[dict], dict | str], columns: list[str],
-          seed: int) -> list[dict]:
+# %% ../../nbs/01_rlcr/04_data.ipynb #d9139d49
+def _take(ds: "Dataset", n: int, key: Callable[[dict], str], same: Callable[[dict], str], make: Callable[[dict], dict | str],
+          columns: list[str], seed: int) -> list[dict]:
     "The first `n` rows that `make` accepts, in the order of fingerprints of `key`, no two with the same `same`"
     light = ds.select_columns(columns)
     order = sorted(range(len(ds)), key=[_fingerprint(seed, key(r)) for r in light].__getitem__)
@@ -113,23 +113,23 @@ def _check(ds: "Dataset", columns: dict[str, Any], **sizes: int) -> None:
     if sizes and not sum(sizes.values()): raise ValueError(f"nothing was asked for: {' and '.join(sizes)} are 0")
     check_columns(ds, columns)
 
-# %% ../../nbs/01_rlcr/04_data.ipynb #af16bd15
+# %% ../../nbs/01_rlcr/04_data.ipynb #760c5094
 def hotpot_modified(ds: "Dataset", # HotpotQA, distractor setting, with its original columns
                     n_train: int = 20_000, # questions to train on
                     n_test: int = 500, # questions to test on, none of them in train
                     seed: int = 0, # decides the rows, the split and what is removed
                     max_chars: int = 6000, # problems of this many characters or more are left out
                     mode: str = "tabc", # format that the prompt asks for
-                   ) -> "DatasetDict": # train, test (those not of size 0): prompt, answer, question, id, kind, golds_left, dropped, type, level
-    """HotpotQA with two of ten paragraphs removed (RLCR, training data). Independent of the order of `ds`. `ValueError` if a column is missing or
-    too few rows are usable."""
+                   ) -> "DatasetDict": # the parts not of size 0: prompt, answer, question, id, kind, golds_left, dropped, type, level
+    """HotpotQA with two of ten paragraphs removed (RLCR, training data). Independent of the order of `ds`.
+    `ValueError` if a column is missing or too few rows are usable."""
     _check(ds, {"id": str, "question": str, "answer": str}, n_train=n_train, n_test=n_test)
     check_columns(ds.select(range(min(len(ds), 8))), {"context": (dict, list), "supporting_facts": dict, "type": str, "level": str})
-    rows = _take(ds, n_train + n_test, key=lambda r: r["id"], same=lambda r: normalize(r["question"]), columns=["id", "question"], seed=seed,
-                 make=lambda r: _hotpot_row(r, seed, max_chars, mode))
+    rows = _take(ds, n_train + n_test, key=lambda r: r["id"], same=lambda r: normalize(r["question"]),
+                 make=lambda r: _hotpot_row(r, seed, max_chars, mode), columns=["id", "question"], seed=seed)
     return _split(rows, n_test)
 
-# %% ../../nbs/01_rlcr/04_data.ipynb #24040501
+# %% ../../nbs/01_rlcr/04_data.ipynb #53b64570
 _DIGITS = re.compile(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?\s*")
 
 def _digits_row(row: dict, low: float, high: float, max_answer: int, mode: str) -> dict | str:
@@ -137,9 +137,10 @@ def _digits_row(row: dict, low: float, high: float, max_answer: int, mode: str) 
     rate = row["llama8b_solve_rate"]
     if rate is None or not low < rate < high: return "solve rate missing or out of range"
     if len(row["answer"]) >= max_answer or not _DIGITS.fullmatch(row["answer"]): return "answer not a short number"
-    return dict(prompt=_messages(row["problem"], mode), answer=row["answer"].strip(), question=row["problem"], source=row["source"], solve_rate=float(rate))
+    return dict(prompt=_messages(row["problem"], mode), answer=row["answer"].strip(), question=row["problem"], source=row["source"],
+                solve_rate=float(rate))
 
-# %% ../../nbs/01_rlcr/04_data.ipynb #21059b53
+# %% ../../nbs/01_rlcr/04_data.ipynb #1bcf4c55
 def big_math_digits(ds: "Dataset", # Big-Math, with its original columns
                     n_train: int = 30_000, # problems to train on
                     n_test: int = 500, # problems to test on, none of them in train
@@ -148,12 +149,12 @@ def big_math_digits(ds: "Dataset", # Big-Math, with its original columns
                     high: float = 0.75, # likewise
                     max_answer: int = 20, # answers of this many characters or more are left out
                     mode: str = "tabc", # format that the prompt asks for
-                   ) -> "DatasetDict": # train, test (those not of size 0): prompt, answer, question, source, solve_rate
-    """Big-Math problems with short numeric answers that are neither hopeless nor easy (RLCR, training data). Independent of the order of `ds`.
-    `ValueError` if a column is missing or too few rows are usable."""
+                   ) -> "DatasetDict": # the parts not of size 0: prompt, answer, question, source, solve_rate
+    """Big-Math problems with short numeric answers that are neither hopeless nor easy (RLCR, training data).
+    Independent of the order of `ds`. `ValueError` if a column is missing or too few rows are usable."""
     _check(ds, {"problem": str, "answer": str, "source": str, "llama8b_solve_rate": (float, type(None))}, n_train=n_train, n_test=n_test)
-    rows = _take(ds, n_train + n_test, key=lambda r: r["problem"], same=lambda r: " ".join(r["problem"].lower().split()), columns=["problem"], seed=seed,
-                 make=lambda r: _digits_row(r, low, high, max_answer, mode))
+    rows = _take(ds, n_train + n_test, key=lambda r: r["problem"], same=lambda r: " ".join(r["problem"].lower().split()),
+                 make=lambda r: _digits_row(r, low, high, max_answer, mode), columns=["problem"], seed=seed)
     return _split(rows, n_test)
 
 # %% ../../nbs/01_rlcr/04_data.ipynb #8082bb0a

@@ -130,13 +130,14 @@ def parse(text: str, # a completion; the opening think tag may be missing (prefi
     if why and not percent: return Parsed(why=why)
     return Parsed(answer, q, not why, why)
 
-# %% ../../nbs/01_rlcr/02_reward.ipynb #014087d2
+# %% ../../nbs/01_rlcr/02_reward.ipynb #69be8680
 def reward(correct: float | np.ndarray, # o: 0 or 1
            confidence: float | np.ndarray, # q in [0, 1], broadcast against `correct`
            rule: ScoringRule = brier, # the loss S
            lam: float = 1.0, # what a right answer is worth
           ) -> float | np.ndarray: # reward, of the common shape
-    "R = lam·o − S(q, o) (RLCR, the training objective; @eq-reward); -inf where `rule` is infinite. `ValueError` outside the domain, NaN included"
+    """R = lam·o − S(q, o) (RLCR, the training objective; @eq-reward); -inf where `rule` is infinite.
+    `ValueError` outside the domain, NaN included."""
     o, q = np.asarray(correct, float), np.asarray(confidence, float)
     if not np.isin(o, (0, 1)).all(): raise ValueError(f"correct must be 0 or 1, got {correct!r}")
     if not ((q >= 0) & (q <= 1)).all(): raise ValueError(f"confidence must lie in [0, 1], got {confidence!r}")
@@ -276,7 +277,7 @@ def _metrics(g: Graded) -> dict[str, float]:
         out |= {"confidence": q.mean(), "brier": brier.loss(q, o).mean(), "ece": ece(q, o)}
     return {k: float(v) for k, v in out.items()}
 
-# %% ../../nbs/01_rlcr/02_reward.ipynb #49a63dc7
+# %% ../../nbs/01_rlcr/02_reward.ipynb #0f7228d5
 class RewardFunction:
     "One reward function with TRL's signature: called with a batch, gives one finite float a completion"
     def __init__(self, name: str, # shown in TRL's logs
@@ -290,7 +291,7 @@ class RewardFunction:
         graded = self.grader(prompts, completions, columns)
         if self.log: self._log(graded, log_metric, log_extra)
         rewards = np.asarray(self.score(graded), float)
-        if not np.isfinite(rewards).all(): raise ValueError(f"{self.__name__} gave a reward that is not finite; is the scoring rule bounded?")
+        if not np.isfinite(rewards).all(): raise ValueError(f"{self.__name__} gave a reward that is not finite: check the scoring rule")
         return rewards.tolist()
 
     def _log(self, g: Graded, log_metric: Callable | None, log_extra: Callable | None) -> None:
@@ -313,20 +314,21 @@ def _paper_parts(kind: str, rule: ScoringRule, lam: float, cost: float) -> dict[
             "calibration": {"calibration": partial(_calibration, rule=rule)},
             "abstention": {"abstention": partial(_abstention, cost=cost)}}[kind]
 
-# %% ../../nbs/01_rlcr/02_reward.ipynb #d1e4d9d2
-def _check(kind: str, style: str, mode: str, rule: ScoringRule, lam: float, cost: float, format_weight: float | None, invalid: float | None) -> None:
+# %% ../../nbs/01_rlcr/02_reward.ipynb #572ce003
+def _check(kind: str, style: str, mode: str, rule: ScoringRule, lam: float, cost: float, format_weight: float | None,
+           invalid: float | None) -> None:
     "Say what is wrong with the arguments of `make_rewards`, before any training starts"
     if kind not in _KINDS: raise ValueError(f"kind must be one of {', '.join(_KINDS)}, not {kind!r}")
     if style not in ("plain", "paper"): raise ValueError(f"style must be 'plain' or 'paper', not {style!r}")
     if kind in ("rlcr", "calibration") and "confidence" not in _sections(mode):
         raise ValueError(f"kind {kind!r} pays for a confidence, but mode {mode!r} has none: use 'tabc' or 'tac'")
     if not hasattr(rule, "loss"): raise ValueError(f"rule must be a ScoringRule, not {rule!r}")
-    if format_weight is not None and style == "plain": raise ValueError("format_weight belongs to style='paper'; style='plain' takes invalid")
-    if invalid is not None and style == "paper": raise ValueError("invalid belongs to style='plain'; style='paper' takes format_weight")
+    if style == "plain" and format_weight is not None: raise ValueError("format_weight is for style='paper'; style='plain' takes invalid")
+    if style == "paper" and invalid is not None: raise ValueError("invalid is for style='plain'; style='paper' takes format_weight")
     for name, x in dict(lam=lam, cost=cost, format_weight=format_weight, invalid=invalid).items():
         if x is not None and not math.isfinite(x): raise ValueError(f"{name} must be finite, not {x}")
 
-# %% ../../nbs/01_rlcr/02_reward.ipynb #7a5fdfce
+# %% ../../nbs/01_rlcr/02_reward.ipynb #6d020335
 def make_rewards(verify: Callable[..., bool], # verify(pred, gold, question=None) -> is it right?
                  kind: str = "rlcr", # rlcr, rlvr, calibration or abstention
                  rule: ScoringRule = brier, # the loss S of rlcr and calibration
@@ -345,6 +347,7 @@ def make_rewards(verify: Callable[..., bool], # verify(pred, gold, question=None
     if style == "plain":
         score = partial(_plain, kind=kind, rule=rule, lam=lam, cost=cost, invalid=-1. if invalid is None else invalid)
         return [RewardFunction(f"{kind}_reward", grader, score, log=True)]
-    fs = [RewardFunction("format_reward", grader, partial(_weighted, part=_format, weight=.5 if format_weight is None else format_weight), log=True)]
-    return fs + [RewardFunction(f"{name}_reward", grader, partial(_weighted, part=part, weight=.5))
-                 for name, part in _paper_parts(kind, rule, lam, cost).items()]
+    weight = .5 if format_weight is None else format_weight
+    first = RewardFunction("format_reward", grader, partial(_weighted, part=_format, weight=weight), log=True)
+    return [first] + [RewardFunction(f"{name}_reward", grader, partial(_weighted, part=part, weight=.5))
+                      for name, part in _paper_parts(kind, rule, lam, cost).items()]

@@ -15,52 +15,60 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# %% ../../nbs/01_rlcr/01_scoring.ipynb #d07ffe37
+# %% ../../nbs/01_rlcr/01_scoring.ipynb #665df5f3
 Array: TypeAlias = NDArray[np.float64]
+Curve: TypeAlias = Callable[[Array], Array]  # elementwise on an array in [0, 1]
 
 def _unit(x: ArrayLike, # numbers, any shape
           name: str, # what the caller calls them
          ) -> Array:
-    "`x` as float64, or a ValueError that says which of its numbers lie outside [0, 1]"
+    "`x` as float64, or a ValueError that says what in it is not in [0, 1]"
     x = np.asarray(x)
-    if x.dtype.kind not in "biuf": raise ValueError(f"{name} must be numbers in [0, 1], got {x.dtype} values")
+    if x.dtype.kind not in "biuf":
+        raise ValueError(f"{name} must be numbers in [0, 1], got {x.dtype} values")
     x = x.astype(np.float64)
     bad = ~((x >= 0) & (x <= 1))  # in this form NaN fails too
-    if bad.any(): raise ValueError(f"{name} must lie in [0, 1]: {bad.sum()} of {x.size} do not, the first is {x[bad].flat[0]}")
+    if bad.any():
+        raise ValueError(f"{name} must lie in [0, 1]: {bad.sum()} of {x.size} do not, "
+                         f"the first is {x[bad].flat[0]}")
     return x
 
 def _weigh(w: Array, x: Array) -> Array:
     "w·x with 0·∞ = 0: what cannot happen costs nothing"
     with np.errstate(invalid="ignore"): return np.where(w == 0, 0., w*x)
 
-# %% ../../nbs/01_rlcr/01_scoring.ipynb #aa613b54
+# %% ../../nbs/01_rlcr/01_scoring.ipynb #9d33fb97
 @dataclass(frozen=True)
 class ScoringRule:
-    "A rule for one stated confidence about one event, as a loss: less is better. Nothing here assumes that it is proper."
+    """A rule for one stated confidence about one event, as a loss: less is better.
+    Nothing here assumes that it is proper."""
     name: str # what tables and figures call it
-    hit: Callable[[Array], ArrayLike] = field(repr=False) # S(q, 1) of an array q in [0, 1]
-    miss: Callable[[Array], ArrayLike] = field(repr=False) # S(q, 0), likewise
-    rtol: float = field(default=1e-12, repr=False) # how exact its numbers are: rounding, unless a derivative was taken numerically
+    hit: Curve = field(repr=False) # S(q, 1) of an array of confidences q
+    miss: Curve = field(repr=False) # S(q, 0), likewise
+    rtol: float = field(default=1e-12, repr=False) # relative error of its numbers
 
     def _sides(self, q: Array) -> tuple[Array, Array]:
         "S(q, 1) and S(q, 0); an infinite charge is a result, not a warning"
-        with np.errstate(divide="ignore", over="ignore"): return np.asarray(self.hit(q)), np.asarray(self.miss(q))
+        with np.errstate(divide="ignore", over="ignore"):
+            return np.asarray(self.hit(q)), np.asarray(self.miss(q))
 
     def loss(self,
              q: ArrayLike, # stated confidence, in [0, 1]
              o: ArrayLike, # outcome, 0 or 1 (or a bool); broadcast against `q`
             ) -> Array: # S(q, o), may be inf
-        "What stating `q` costs when the outcome is `o`. Raises `ValueError` for any other `o`: for an uncertain outcome see `expected_loss`."
+        """What stating `q` costs when the outcome is `o`. Raises `ValueError` for `q` outside
+        [0, 1] and for any other `o`: for an uncertain outcome see `expected_loss`."""
         q, o = _unit(q, "q"), _unit(o, "o")
-        if not np.isin(o, (0, 1)).all(): raise ValueError("o must be 0 or 1; for a probability of being right use expected_loss(q, p)")
+        if not np.isin(o, (0, 1)).all():
+            raise ValueError("o must be 0 or 1; for a probability use expected_loss(q, p)")
         hit, miss = self._sides(q)
         return np.where(o == 1, hit, miss)[()]
 
     def expected_loss(self,
                       q: ArrayLike, # stated confidence, in [0, 1]
-                      p: ArrayLike, # probability of being right, in [0, 1]; broadcast against `q`
-                     ) -> Array: # p S(q, 1) + (1 - p) S(q, 0)
-        "Mean loss of stating `q` when right with probability `p`."
+                      p: ArrayLike, # probability of being right, in [0, 1]
+                     ) -> Array: # p S(q, 1) + (1 - p) S(q, 0), broadcast
+        "Mean loss of stating `q` when right with probability `p`. Raises `ValueError`."
         q, p = _unit(q, "q"), _unit(p, "p")
         hit, miss = self._sides(q)
         return (_weigh(p, hit) + _weigh(1 - p, miss))[()]
@@ -68,30 +76,34 @@ class ScoringRule:
     def entropy(self,
                 p: ArrayLike, # probability of being right, in [0, 1]
                ) -> Array: # G(p), same shape
-        "Expected loss of an honest statement; for a proper rule the least there is, its generalised entropy (Gneiting & Raftery 2007)."
+        """Expected loss of an honest statement; for a proper rule the least there is, its
+        generalised entropy (Gneiting & Raftery 2007). Raises `ValueError`."""
         return self.expected_loss(p, p)
 
     def gap(self,
             p: ArrayLike, # probability of being right, in [0, 1]
-           ) -> Array: # S(p, 1) - S(p, 0), same shape
-        "What an honest statement costs more after a hit than after a miss; for a proper rule the slope of `entropy` (@eq-gap)."
+           ) -> Array: # S(p, 1) - S(p, 0), same shape; may be ±inf at an end
+        """What an honest statement costs more after a hit than after a miss; for a proper
+        rule the slope of `entropy` (@eq-gap). Raises `ValueError`."""
         hit, miss = self._sides(_unit(p, "p"))
         return (hit - miss)[()]
 
     def scaled(self,
                c: float, # positive factor
               ) -> "ScoringRule": # with the loss c S(q, o)
-        "The same rule in other units: as proper as before, its gap `c` times as large. Raises `ValueError` unless 0 < c < inf."
-        if not 0 < c < np.inf: raise ValueError(f"a rule is scaled by a positive finite number, got {c}")
-        return ScoringRule(f"{c:g}·{self.name}", partial(_times, c, self.hit), partial(_times, c, self.miss), self.rtol)
+        """The same rule in other units: as proper as before, its gap `c` times as large.
+        Raises `ValueError` unless 0 < c < inf."""
+        if not 0 < c < np.inf: raise ValueError(f"a rule is scaled by 0 < c < inf, got {c}")
+        hit, miss = partial(_times, c, self.hit), partial(_times, c, self.miss)
+        return ScoringRule(f"{c:g}·{self.name}", hit, miss, self.rtol)
 
-def _times(c: float, f: Callable[[Array], ArrayLike], q: Array) -> Array:
+def _times(c: float, f: Curve, q: Array) -> Array:
     "c·f(q), as a function that pickles"
     return c*np.asarray(f(q))
 
-# %% ../../nbs/01_rlcr/01_scoring.ipynb #c73a31ae
+# %% ../../nbs/01_rlcr/01_scoring.ipynb #0f6f81a2
 def _one_minus_cos(u: Array, v: Array) -> Array:
-    "1 - u/‖(u, v)‖ without the subtraction, which would lose a small loss in rounding"
+    "1 - u/‖(u, v)‖ without the subtraction, in which a small loss would drown"
     norm = np.hypot(u, v)
     return v**2/(norm*(norm + u))
 
@@ -106,120 +118,135 @@ brier = ScoringRule("Brier", _brier_hit, _brier_miss)
 spherical = ScoringRule("spherical", _spherical_hit, _spherical_miss)
 log = ScoringRule("log", _log_hit, _log_miss)
 
-# %% ../../nbs/01_rlcr/01_scoring.ipynb #3fd49f29
+# %% ../../nbs/01_rlcr/01_scoring.ipynb #404e485f
 def _power(a: float, log_q: Array, r: Array) -> Array:
-    "The power loss of a true event that got the probability q, with r = 1 - q (@eq-power)"
+    "Power loss of a true event that was given q; r = 1 - q (@eq-power)"
     t = a - 1
     return r**a - r - np.expm1(t*log_q)*(r + 1/t)
 
 def _power_hit(a: float, q: Array) -> Array: return _power(a, np.log(q), 1 - q)
 def _power_miss(a: float, q: Array) -> Array: return _power(a, np.log1p(-q), q)
 
-def power(a: float, # exponent > 0: below 2 it punishes false certainty more, 1 is the log rule, 2 is twice Brier's
+def power(a: float, # exponent > 0: 1 is the log rule, 2 twice Brier's
          ) -> ScoringRule:
-    "The rule whose entropy is Tsallis' of order `a` (Tsallis 1988). Raises `ValueError` unless 0 < a < inf: elsewhere it is not strictly proper."
-    if not 0 < a < np.inf: raise ValueError(f"the power rule is strictly proper for 0 < a < inf, got a = {a}")
+    """The rule whose entropy is Tsallis' of order `a` (Tsallis 1988, @eq-power). Bounded for
+    a > 1. Raises `ValueError` unless 0 < a < inf: elsewhere it is not strictly proper."""
+    if not 0 < a < np.inf:
+        raise ValueError(f"the power rule is strictly proper for 0 < a < inf, got a = {a}")
     a, name = float(a), f"power({a:g})"
     if a == 1: return ScoringRule(name, _log_hit, _log_miss)
     return ScoringRule(name, partial(_power_hit, a), partial(_power_miss, a))
 
-# %% ../../nbs/01_rlcr/01_scoring.ipynb #dacd0c4b
+# %% ../../nbs/01_rlcr/01_scoring.ipynb #61218cd7
 def optimal_confidence(rule: ScoringRule, # proper or not
-                       p: ArrayLike, # probability of being right, in [0, 1], any shape
+                       p: ArrayLike, # probability of being right, in [0, 1]
                       ) -> Array: # the statement of least expected loss, same shape
-    """The best statement by numerical search: a check of propriety that does not assume it. Good to about 1e-7, the square root of a
-    rounding error, as a minimum of any smooth function is; worse where the rule's loss is flat. Memory: 257 numbers a value of `p`."""
+    """The best statement by numerical search: a check of propriety that does not assume it.
+    Good to about 1e-7, the square root of a rounding error, as the minimum of any smooth
+    function is; worse where the loss is flat. Takes 257 numbers of memory a value of `p`.
+    Raises `ValueError` for `p` outside [0, 1]."""
     p = _unit(p, "p")
+    loss = lambda q: rule.expected_loss(q, p)
     grid = np.linspace(0, 1, 257)
     start = grid[rule.expected_loss(grid, p[..., None]).argmin(-1)]
     lo, hi = np.maximum(start - grid[1], 0), np.minimum(start + grid[1], 1)
     for _ in range(40):  # golden section: 0.618^40 of a cell is 3e-11
         step = (hi - lo)*(np.sqrt(5) - 1)/2
         left, right = hi - step, lo + step
-        keep_left = rule.expected_loss(left, p) <= rule.expected_loss(right, p)
-        lo, hi = np.where(keep_left, lo, left), np.where(keep_left, right, hi)
+        low = loss(left) <= loss(right)
+        lo, hi = np.where(low, lo, left), np.where(low, right, hi)
     q = (lo + hi)/2
-    return np.where(rule.expected_loss(q, p) < rule.expected_loss(start, p), q, start)[()]
+    return np.where(loss(q) < loss(start), q, start)[()]
 
-# %% ../../nbs/01_rlcr/01_scoring.ipynb #f9b8b725
-_NEAR = 1e-6   # a numerical slope is not resolved closer to an end than this: beyond it, rounding in G is as large as what is measured
+# %% ../../nbs/01_rlcr/01_scoring.ipynb #b52883eb
+_NEAR = 1e-6     # nearer to an end, rounding in G is as large as what is measured
 _NUMERIC = 1e-6  # what a numerical slope is good to
 
-def _central(G: Callable[[Array], Array], q: Array) -> Array:
+def _central(G: Curve, q: Array) -> Array:
     "G'(q) inside (0, 1): five-point difference, truncation O(step⁴)"
-    h = np.minimum(1e-3, np.minimum(q, 1 - q)/64)  # small beside the distance to the end, where G may be singular
+    h = np.minimum(1e-3, np.minimum(q, 1 - q)/64)  # small beside the distance to the end
     return (8*(G(q + h) - G(q - h)) - (G(q + 2*h) - G(q - 2*h)))/(12*h)
 
-def _end_slope(G: Callable[[Array], Array], end: int) -> float:
-    "G'(0+) or G'(1-), ±inf where it diverges: a geometric series summed from slopes ever closer to the end"
+def _end_slope(G: Curve, end: int) -> float:
+    "G'(0+) or G'(1-), ±inf where it diverges: the limit of slopes ever closer to the end"
     d = 10.**np.arange(-3, -6.5, -1)
     slope = _central(G, np.abs(end - d))
-    slope = (10*slope[1:] - slope[:-1])/9  # removes a term linear in d, which every smooth part of G has; keeps the series geometric
+    slope = (10*slope[1:] - slope[:-1])/9  # cancels what is linear in d, as smooth parts are
     before, last = np.diff(slope)
     if abs(last) <= _NUMERIC*max(1, abs(slope[-1])): return slope[-1]  # converged
     ratio = last/before
     if ratio < 0: return slope[-1]  # noise
-    return slope[-1] + last*ratio/(1 - ratio) if ratio < .97 else np.copysign(np.inf, last)
+    if ratio > .97: return np.copysign(np.inf, last)  # increments that do not shrink
+    return slope[-1] + last*ratio/(1 - ratio)  # the rest of the geometric series
 
-def _numeric_slope(G: Callable[[Array], Array], at_0: float, at_1: float, q: Array) -> Array:
+def _numeric_slope(G: Curve, at_0: float, at_1: float, q: Array) -> Array:
     "G'(q) on [0, 1]"
     inside = _central(G, np.clip(q, _NEAR, 1 - _NEAR))
     return np.where(q == 0, at_0, np.where(q == 1, at_1, inside))
 
-# %% ../../nbs/01_rlcr/01_scoring.ipynb #f2ca8b45
-def _check_entropy(G: Callable[[Array], Array]) -> None:
-    "Raise a ValueError where G is not a finite, concave, elementwise function on [0, 1]"
+# %% ../../nbs/01_rlcr/01_scoring.ipynb #23b79818
+def _check_entropy(G: Curve) -> None:
+    "Raise a ValueError where G is not finite, concave and elementwise on [0, 1]"
     p = np.linspace(0, 1, 257)
     with np.errstate(all="ignore"): g = np.asarray(G(p), dtype=float)
-    if g.shape != p.shape: raise ValueError(f"G must map an array to an array of its shape: {p.shape} became {g.shape}")
+    if g.shape != p.shape:
+        raise ValueError(f"G must map an array to one of its shape: {p.shape} became {g.shape}")
     if not np.isfinite(g).all():
-        raise ValueError(f"G must be finite on [0, 1]; G({p[~np.isfinite(g)][0]:g}) is not (for p log p write scipy.special.xlogy(p, p))")
-    sag = (g[:-2] + g[2:])/2 - g[1:-1]
-    if (sag > 1e-9*(1 + np.abs(g).max())).any():  # far above rounding, far below any curvature that matters
-        raise ValueError(f"G must be concave; it lies below a chord at p = {p[1:-1][sag.argmax()]:g}. If yours is the convex form, pass its negative")
+        raise ValueError(f"G must be finite on [0, 1]; G({p[~np.isfinite(g)][0]:g}) is not "
+                         "(for p log p write scipy.special.xlogy(p, p))")
+    sag = (g[:-2] + g[2:])/2 - g[1:-1]  # how far the curve lies below its chords
+    if (sag > 1e-9*(1 + np.abs(g).max())).any():  # far above rounding
+        raise ValueError(f"G must be concave; near p = {p[1:-1][sag.argmax()]:g} it lies below "
+                         "a chord. If yours is the convex form, pass its negative")
 
-def _savage(G: Callable[[Array], Array], dG: Callable[[Array], Array], o: float, q: Array) -> Array:
+def _savage(G: Curve, dG: Curve, o: float, q: Array) -> Array:
     "The tangent of G at q, read at o (@eq-savage)"
     return G(q) + _weigh(o - q, np.asarray(dG(q)))
 
-# %% ../../nbs/01_rlcr/01_scoring.ipynb #d73903fb
-def from_entropy(G: Callable[[Array], Array], # concave on [0, 1], finite, elementwise on arrays
-                 dG: Callable[[Array], Array] | None = None, # its derivative, ±inf at an end if need be; None: taken numerically
+# %% ../../nbs/01_rlcr/01_scoring.ipynb #514e38ba
+def from_entropy(G: Curve, # concave on [0, 1], finite, elementwise on arrays
+                 dG: Curve | None = None, # its slope, ±inf at an end if so; None: numerical
                  name: str = "from entropy", # what tables and figures call it
                 ) -> ScoringRule:
-    """The proper rule whose generalised entropy is `G` (Savage 1971, @eq-savage). At a kink any slope between the two sides will do.
-    A numerical derivative is good to about 1e-6, and takes one that diverges slower than a logarithm at an end for finite: give `dG` there.
+    """The proper rule whose generalised entropy is `G` (Savage 1971, @eq-savage). At a kink
+    any slope between the two sides will do. A numerical slope is good to about 1e-6; one that
+    diverges at an end, but slower than a logarithm, is taken for finite: give `dG` there.
     Raises `ValueError` when `G` is not finite, concave or elementwise."""
     _check_entropy(G)
-    if dG is None:
-        dG, rtol = partial(_numeric_slope, G, _end_slope(G, 0), _end_slope(G, 1)), _NUMERIC
-    else: rtol = 1e-12
+    rtol = 1e-12 if dG else _NUMERIC
+    dG = dG or partial(_numeric_slope, G, _end_slope(G, 0), _end_slope(G, 1))
     return ScoringRule(name, partial(_savage, G, dG, 1.), partial(_savage, G, dG, 0.), rtol)
 
-# %% ../../nbs/01_rlcr/01_scoring.ipynb #9b827e22
+# %% ../../nbs/01_rlcr/01_scoring.ipynb #dc99be24
 def _check_lam(lam: float) -> float:
     "lam as a float, or a ValueError"
-    if not (isinstance(lam, Real) and 0 <= lam < np.inf): raise ValueError(f"lam must be one finite number >= 0, got {lam}")
+    if not (isinstance(lam, Real) and 0 <= lam < np.inf):
+        raise ValueError(f"lam must be one finite number >= 0, got {lam}")
     return float(lam)
 
 def value(rule: ScoringRule, # what is charged for the stated confidence
           p: ArrayLike, # probability of being right, in [0, 1]
           lam: float = 1.0, # reward for being right, >= 0
          ) -> Array: # V(p), same shape as `p`
-    "Expected reward of an answer that is right with probability `p` and stated honestly (@eq-value). Raises `ValueError` for a bad `lam` or `p`."
+    """Expected reward of an answer that is right with probability `p` and stated honestly
+    (RLCR's theorem, @eq-value). Raises `ValueError` for a bad `lam` or `p`."""
     return (_check_lam(lam)*_unit(p, "p") - rule.entropy(p))[()]
 
-_GRID = np.linspace(0, 1, 1025)  # a proper rule's gap is largest at 0; the rest of the grid serves rules that are not proper
+# %% ../../nbs/01_rlcr/01_scoring.ipynb #7f949fec
+_GRID = np.linspace(0, 1, 1025)  # the gap of a proper rule is largest at 0, its first point
 
 def admissible_lam(rule: ScoringRule, # a proper rule
                   ) -> float: # sup of the gap; inf when it has no bound
-    "The least reward for being right, `lam`, at which knowing more always pays (@eq-admissible)."
+    "The least reward for being right at which knowing more always pays (@eq-admissible)."
     return float(rule.gap(_GRID).max())
 
 def is_admissible(rule: ScoringRule, # a proper rule
                   lam: float = 1.0, # reward for being right, >= 0
                  ) -> bool: # gap(p) < lam for every p in (0, 1)
-    """Whether an honest answer's value rises with its probability everywhere, as RLCR's theorem asks (@eq-value).
-    Equality at p = 0 alone is allowed; both comparisons allow for the rule's own numerical error, `rule.rtol`."""
+    """Whether an honest answer's value rises with its probability everywhere, as RLCR's
+    theorem asks (@eq-value). Equality at p = 0 alone is allowed. Both comparisons allow for
+    the rule's own numerical error, `rule.rtol`. Raises `ValueError` for a bad `lam`."""
     lam = _check_lam(lam)
-    return admissible_lam(rule) <= lam*(1 + rule.rtol) and bool((rule.gap(_GRID[1:-1]) < lam*(1 - rule.rtol)).all())
+    at_most = admissible_lam(rule) <= lam*(1 + rule.rtol)
+    below = rule.gap(_GRID[1:-1]) < lam*(1 - rule.rtol)
+    return at_most and bool(below.all())

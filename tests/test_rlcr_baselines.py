@@ -197,8 +197,8 @@ def test_probe_file(llama, tok, tmp_path):
 
 # --- classifiers
 
-@pytest.mark.parametrize("loss", ["bce", "brier"])
-def test_a_judge_learns_and_leaves_the_policy_alone(model, tok, loss):
+def test_a_judge_learns_and_leaves_the_policy_alone(model, tok):
+    loss = "brier" if isinstance(model, GPT2LMHeadModel) else "bce"
     before = {k: v.clone() for k, v in model.state_dict().items()}
     judge = fit_classifier(model, tok, *graded(), loss=loss, epochs=12, lr=1e-2, batch_size=16)
     x, t, o = graded(40, seed=1)
@@ -278,6 +278,16 @@ def test_sft_set_has_analyses_and_no_confidences():
     assert len(sft_then_rlcr(*solutions(), lambda p, s: "ok")) == 8  # every solution with an answer
     plain = sft_then_rlcr(["q"], ["<answer>a</answer>"], lambda p, s: "ok")[0]
     assert plain == {"prompt": "q", "completion": "<answer>a</answer><analysis>ok</analysis>"}
+
+
+def test_columns_of_a_dataset_serve_as_lists(llama, tok):
+    from datasets import Dataset
+    x, t, o = graded(12); ds = Dataset.from_dict(dict(prompt=x, text=t, correct=o))
+    got = linear_probe(llama, tok, ds["prompt"], ds["text"], ds["correct"]).predict(ds["prompt"], ds["text"])
+    assert (got == linear_probe(llama, tok, x, t, o).predict(x, t)).all()
+    assert (answer_token_probability(llama, tok, ds["prompt"], ds["text"]) == answer_token_probability(llama, tok, x, t)).all()
+    assert elicit(llama, tok, ds["prompt"], ds["text"]).texts == elicit(llama, tok, x, t).texts
+    assert sft_then_rlcr(ds["prompt"], ds["text"], lambda p, s: "ok").to_list() == sft_then_rlcr(x, t, lambda p, s: "ok").to_list()
 
 
 def test_sft_set_is_seeded_and_the_same_with_workers():

@@ -130,6 +130,13 @@ def test_sampled_curve_agrees_with_the_exact_one_and_is_seeded():
     assert (again.of("weighted", 4) == few.of("weighted", 4)).all() and (other.of("weighted", 4) != few.of("weighted", 4)).any()
 
 
+def test_single_precision_does_not_break_ties():
+    answers, confs = [["a", "a", "b"]] * 400, [[.1, .2, .3]] * 400
+    for dtype in (np.float64, np.float32):
+        win, _ = win_probability(encode(answers)[0], np.array(confs, dtype).astype(float), "weighted")
+        assert (win == [1, 0]).all()  # .1 + .2 = .3: a tie, and a has more votes
+
+
 def test_votes_see_the_same_subsets():
     answers, _, right = pool()
     curve = votes_curve(answers, np.full(answers.shape, .7), right, Ks=(1, 5, 24), draws=4)

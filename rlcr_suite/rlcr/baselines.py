@@ -29,17 +29,18 @@ from ..core.lm import _evaluating, _pad_id, _token_logprobs, generate, left_pad,
 from .reward import MODES, parse
 from .test_time import continued, cut_after_answer
 
-# %% ../../nbs/01_rlcr/07_baselines.ipynb #d9ad72d1
-def _check(prompts, texts, correct=None) -> np.ndarray|None:
-    "Same lengths, and grades that are 0 or 1; the grades as float64"
+# %% ../../nbs/01_rlcr/07_baselines.ipynb #79a46525
+def _check(prompts, texts, correct=None) -> tuple[list, list, np.ndarray|None]:
+    "Same lengths, and grades that are 0 or 1; lists (columns of a dataset are slow to index) and float64 grades"
     if isinstance(prompts, str) or isinstance(texts, str): raise ValueError("prompts and texts must be lists, got one string")
     if len(prompts) != len(texts): raise ValueError(f"one text a prompt: got {len(prompts)} prompts and {len(texts)} texts")
-    if correct is None: return None
+    prompts, texts = list(prompts), list(texts)
+    if correct is None: return prompts, texts, None
     o = np.asarray(correct, dtype=float)
     if o.shape != (len(texts),): raise ValueError(f"correct must hold one grade a text, shape ({len(texts)},); got {o.shape}")
     if not np.isin(o, (0, 1)).all(): raise ValueError("correct must be 0 or 1")
     if len(np.unique(o)) < 2: raise ValueError(f"all {len(o)} outputs have the grade {o[:1]}: right and wrong ones are needed")
-    return o
+    return prompts, texts, o
 
 # %% ../../nbs/01_rlcr/07_baselines.ipynb #e121fdf9
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def _ask(model, tok, prompts, texts, want, name, opening, tokens, batch_size) ->
         out[i] = f"{texts[i]}{opening}{reply.partition(f'</{name}>')[0]}</{name}>"
     return out
 
-# %% ../../nbs/01_rlcr/07_baselines.ipynb #868e842d
+# %% ../../nbs/01_rlcr/07_baselines.ipynb #d1323366
 def elicit(model, # Hugging Face causal LM
            tok, # its tokenizer
            prompts: Sequence[str]|Sequence[list[dict]], # (n,) problems, as text or as messages
@@ -70,11 +71,11 @@ def elicit(model, # Hugging Face causal LM
            batch_size: int = 256, # rows generated at once; lower it for large models
           ) -> Elicited: # every text with an answer and a confidence
     "Ask for what is missing by a fixed continuation, greedily (RLCR's evaluation; 50 and 20 tokens). Raises ValueError on lengths that differ."
-    _check(prompts, texts)
+    prompts, texts, _ = _check(prompts, texts)
     for ask, tag in ((ask_answer, "<answer>"), (ask_confidence, "<confidence>")):
         if not ask.endswith(tag): raise ValueError(f"a continuation must end with {tag}, so that the reply can be read; got {ask!r}")
     read = lambda ts: [parse(t, "tac", percent=True) for t in ts]
-    out = _ask(model, tok, prompts, list(texts), [r.answer is None for r in read(texts)], "answer", ask_answer, answer_tokens, batch_size)
+    out = _ask(model, tok, prompts, texts, [r.answer is None for r in read(texts)], "answer", ask_answer, answer_tokens, batch_size)
     out = _ask(model, tok, prompts, out, [r.confidence is None for r in read(out)], "confidence", ask_confidence, confidence_tokens, batch_size)
     return Elicited(out, [r.answer for r in read(out)], np.array([r.confidence or 0. for r in read(out)]))
 
@@ -94,7 +95,7 @@ def answer_tokens(tok, # a fast tokenizer
     inside = [j for j, (s, e) in enumerate(enc["offset_mapping"]) if s < b and e > a]
     return enc["input_ids"], *((inside[0], inside[-1] + 1) if inside else (0, 0))
 
-# %% ../../nbs/01_rlcr/07_baselines.ipynb #50f275ee
+# %% ../../nbs/01_rlcr/07_baselines.ipynb #4ea60112
 def answer_token_probability(model, # Hugging Face causal LM
                              tok, # its tokenizer, a fast one
                              prompts: Sequence[str]|Sequence[list[dict]], # (n,) problems, as text or as messages
@@ -104,7 +105,7 @@ def answer_token_probability(model, # Hugging Face causal LM
                              batch_size: int = 16, # sequences run at once
                             ) -> np.ndarray: # (n,) confidences in [0, 1]
     "Mean probability of the answer's tokens (@eq-answer-prob; RLCR's answer-probability baseline). Raises ValueError for a slow tokenizer."
-    _check(prompts, texts)
+    prompts, texts, _ = _check(prompts, texts)
     q, spans = np.full(len(texts), float(default)), [answer_tokens(tok, t) for t in texts]
     rows = sorted((i for i, (_, a, b) in enumerate(spans) if 0 < b - a < max_tokens), key=lambda i: spans[i][2])
     before = dict(zip(rows, prompt_ids(tok, [prompts[i] for i in rows])))
@@ -128,7 +129,7 @@ def _by_length(ids: list[list[int]], batch_size: int):
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     return (order[k:k + batch_size] for k in range(0, len(order), batch_size))
 
-# %% ../../nbs/01_rlcr/07_baselines.ipynb #2cd713a2
+# %% ../../nbs/01_rlcr/07_baselines.ipynb #55926e42
 def final_hidden(model, # Hugging Face causal LM
                  tok, # its tokenizer
                  prompts: Sequence[str]|Sequence[list[dict]], # (n,) problems, as text or as messages
@@ -136,7 +137,7 @@ def final_hidden(model, # Hugging Face causal LM
                  batch_size: int = 16, # sequences run at once
                 ) -> np.ndarray: # (n, d) float32
     "Last-layer hidden state at the last token of prompt and text; a sequence too long for the model loses its beginning"
-    _check(prompts, texts)
+    prompts, texts, _ = _check(prompts, texts)
     ids, h = _sequences(tok, prompts, texts, _room(model.config)), {}
     with _evaluating(model):
         for rows in _by_length(ids, batch_size):
@@ -195,7 +196,7 @@ def _write(path: Path, data: bytes) -> Path:
     except BaseException: os.unlink(name); raise
     return path
 
-# %% ../../nbs/01_rlcr/07_baselines.ipynb #50057839
+# %% ../../nbs/01_rlcr/07_baselines.ipynb #8943e30c
 def linear_probe(model, # Hugging Face causal LM
                  tok, # its tokenizer
                  prompts: Sequence[str]|Sequence[list[dict]], # (n,) problems, as text or as messages
@@ -207,7 +208,7 @@ def linear_probe(model, # Hugging Face causal LM
                  seed: int = 0, # of the folds
                 ) -> LinearProbe: # with `predict(prompts, texts)`
     "Fit a logistic probe on the final hidden state (RLCR's probe baseline). Raises ValueError unless each grade occurs at least twice."
-    o = _check(prompts, texts, correct)
+    prompts, texts, o = _check(prompts, texts, correct)
     return _fit_probe(final_hidden(model, tok, prompts, texts, batch_size), o, Cs, folds, seed, model, tok)
 
 def _fit_probe(h, o, Cs, folds, seed, model=None, tok=None) -> LinearProbe:
@@ -251,7 +252,7 @@ def _seeded(seed: int):
         try: yield
         finally: random.setstate(states[0]); np.random.set_state(states[1])
 
-# %% ../../nbs/01_rlcr/07_baselines.ipynb #7fcf64e9
+# %% ../../nbs/01_rlcr/07_baselines.ipynb #fc5c3d5f
 class Classifier:
     "A fine-tuned judge of outputs: `fit` on graded outputs, `predict` confidences, `save` and `load`"
 
@@ -277,7 +278,7 @@ class Classifier:
             **training_args, # further fields of `transformers.TrainingArguments`, such as bf16 or gradient_checkpointing
            ) -> "Classifier": # itself
         "Fine-tune all weights with transformers' Trainer. Raises ValueError on bad grades, ImportError where accelerate is missing."
-        o = _check(prompts, texts, correct)
+        prompts, texts, o = _check(prompts, texts, correct)
         if importlib.util.find_spec("accelerate") is None: raise ImportError("training needs accelerate: pip install 'rlcr-suite[train]'")
         rows = [dict(input_ids=s, labels=y) for s, y in zip(_sequences(self.tok, prompts, texts, self.max_length), o)]
         settings = dict(num_train_epochs=epochs, learning_rate=lr, per_device_train_batch_size=batch_size, lr_scheduler_type="linear",
@@ -294,7 +295,7 @@ class Classifier:
                 batch_size: int = 16, # sequences run at once
                ) -> np.ndarray: # (n,) confidences
         "Confidence in each text"
-        _check(prompts, texts)
+        prompts, texts, _ = _check(prompts, texts)
         ids, q = _sequences(self.tok, prompts, texts, self.max_length), np.empty(len(texts))
         with _evaluating(self.model):
             for rows in _by_length(ids, batch_size):
@@ -360,7 +361,7 @@ def fit_classifier(base, # causal LM or the path of one; its body is the start
     "Train a judge of a policy's outputs from its base model (RLCR's BCE and Brier classifier baselines)"
     return Classifier(base, tok, loss, max_length, dtype, seed).fit(prompts, texts, correct, **fit)
 
-# %% ../../nbs/01_rlcr/07_baselines.ipynb #f7fcf3e8
+# %% ../../nbs/01_rlcr/07_baselines.ipynb #5c98a77c
 def sft_then_rlcr(prompts: Sequence[str]|Sequence[list[dict]], # (n,) problems, as text or as messages
                   texts: Sequence[str], # (n,) solutions of the base model; those without an answer are left out
                   teacher: Callable[[str, str], str], # (problem, solution up to the answer) -> an analysis
@@ -371,7 +372,7 @@ def sft_then_rlcr(prompts: Sequence[str]|Sequence[list[dict]], # (n,) problems, 
     """The supervised set of the SFT+RLCR baseline: base solutions with a teacher's analyses and no confidences. Train on it, then run RLCR.
     An analysis that is empty or holds a tag of the format is refused, and the next solution takes its place. Raises ValueError when none is left."""
     from datasets import Dataset
-    _check(prompts, texts)
+    prompts, texts, _ = _check(prompts, texts)
     solved = [(prompts[i], s) for i in np.random.default_rng(seed).permutation(len(texts)) if (s := cut_after_answer(texts[i])) is not None]
     rows = []
     with ThreadPoolExecutor(workers) as pool:

@@ -37,6 +37,12 @@ def test_spread_keeps_gap_order_and_mean(y, gap):
     if y: assert np.isclose(z.mean(), np.mean(y), atol=1e-6)     # blocks move about their mean
 
 @settings(deadline=None)  # the first call imports SciPy
+@given(st.lists(st.floats(-1e3, 1e3), max_size=30), st.floats(0, 50), st.floats(-100, 100))
+def test_spread_stays_above_its_floor(y, gap, low):
+    z = spread(y, gap, low=low)
+    assert (z >= low).all() and (np.diff(z[np.argsort(y, kind='stable')]) >= gap - 1e-9).all()
+
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 100), min_size=2, max_size=8), st.integers(0, 2**32 - 1))
 def test_spread_is_the_closest(y, seed):
     "No other feasible positions are nearer in least squares"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats as scipy_stats
-from rlcr_suite.core.stats import Interval, bootstrap, paired_bootstrap, paired_permutation, seed_bootstrap
+from rlcr_suite.core.stats import Interval, bootstrap, middle, paired_bootstrap, paired_permutation, seed_bootstrap, stream
 
 CLOSE = 1e-9                                                     # float64 sums of up to 100 numbers below 1e3
 quick = settings(deadline=None, max_examples=25)                 # every example draws resamples in Python
@@ -76,6 +76,19 @@ def test_bca_agrees_with_scipy():
     assert np.allclose([ours.low, ours.high], ci, atol=.04)      # six standard errors of a 2.5% quantile at 5,000
 
 def test_constant_score_has_no_width(): assert ends(bootstrap(np.mean, np.ones(9), n_boot=50)).tolist() == [1, 1, 1]
+
+def test_equal_values_that_rounding_tells_apart():
+    "A mean of equal numbers may differ in the last bit; the interval must not turn round"
+    for k in range(2, 40): bootstrap(lambda x: np.mean((x - 1)**2), np.full(k, .9), n_boot=40)
+    low, high = middle(np.full(40, .1)*(1 + 2**-52), .95)
+    assert low <= high
+
+def test_streams_are_independent_of_the_data():
+    "Data made by default_rng(seed) must not meet the same numbers again"
+    for seed in range(3):
+        x = np.random.default_rng(seed).random(500)
+        for name in ('bootstrap', 'ece_null'): assert abs(np.corrcoef(x, stream(seed, name).random(500))[0, 1]) < 5/500**.5
+    with pytest.raises(ValueError, match='negative'): stream(-1, 'x')
 
 def test_score_undefined_everywhere_has_no_interval():
     iv = bootstrap(lambda x: np.nan, np.arange(5.), n_boot=50)

@@ -36,10 +36,10 @@ def contrast(a: str, # a colour
     low, high = sorted([luminance(a), luminance(b)])
     return (high + .05)/(low + .05)
 
-# %% ../../nbs/00_core/03_plots.ipynb #94963bed
+# %% ../../nbs/00_core/03_plots.ipynb #8a2a28ca
 INK = "#6b7688"  # text, axes and ticks; a page may replace it by its own text colour
 BACKGROUNDS = {'light': '#ffffff', 'dark': '#12161d'}  # what a figure has to be legible on
-COLORS = {'blue': '#1b6be0', 'orange': '#d97b24', 'green': '#17733d', 'pink': '#b2378f', 'purple': '#b975ed', 'grey': '#8b919c'}
+COLORS = {'blue': '#1b6be0', 'orange': '#d97b24', 'green': '#1a7d43', 'pink': '#b2378f', 'purple': '#b975ed', 'grey': '#8b919c'}
 
 # %% ../../nbs/00_core/03_plots.ipynb #84b299d6
 ROLES = {'rlcr': 'blue', 'rlvr': 'orange', 'base': 'grey', 'bayes': 'green', 'sft_rlcr': 'purple', 'classifier': 'pink',
@@ -100,17 +100,18 @@ def save(fig: "Figure", # what to write
     fmt = kwargs.pop('format', None) or (Path(path).suffix[1:] if isinstance(path, (str, Path)) else 'svg')
     with style(): fig.savefig(path, format=fmt, metadata=METADATA if fmt == 'svg' else None, **kwargs)
 
-# %% ../../nbs/00_core/03_plots.ipynb #0762401e
+# %% ../../nbs/00_core/03_plots.ipynb #1013b704
 def spread(y: Sequence[float], # where the labels belong, in any order
            gap: float, # least distance between two of them, same unit
+           low: float = -np.inf, # none below
           ) -> np.ndarray: # where to put them, in the order of `y`
-    "The closest positions, in least squares, that lie at least `gap` apart and keep their order (@eq-spread)."
+    "The closest positions, in least squares, that lie at least `gap` apart, keep their order (@eq-spread), and are not below `low`."
     from scipy.optimize import isotonic_regression
     y = np.asarray(y, dtype=float)
     order = np.argsort(y, kind='stable')
     shift = gap*np.arange(len(y))
     z = np.empty_like(y)
-    z[order] = isotonic_regression(y[order] - shift).x + shift if len(y) else y
+    z[order] = np.maximum(isotonic_regression(y[order] - shift).x, low) + shift if len(y) else y
     return z
 
 # %% ../../nbs/00_core/03_plots.ipynb #b8b37011
@@ -120,7 +121,7 @@ def _end(line: "Line2D") -> np.ndarray: # (x, y) in data coordinates
     xy = xy[np.isfinite(xy).all(axis=1)]
     return xy[-1] if len(xy) else np.full(2, np.nan)
 
-# %% ../../nbs/00_core/03_plots.ipynb #a9f1f6f7
+# %% ../../nbs/00_core/03_plots.ipynb #a5cb1bac
 def label_lines(ax: "Axes", # a plot whose lines carry a `label`
                 lines: "Sequence[Line2D] | None" = None, # which lines; None: all that have a label
                 gap: float = 1.25, # least distance between two labels, in heights of the text
@@ -135,7 +136,7 @@ def label_lines(ax: "Axes", # a plot whose lines carry a `label`
     points = FontProperties(size=text.get('fontsize', text.get('size'))).get_size_in_points()
     ends = np.array([_end(l) for l in lines])
     y = np.array([l.get_transform().transform(e)[1] for l, e in zip(lines, ends)])*72/ax.figure.dpi  # pixels to points
-    move = spread(y, gap*points) - y
+    move = spread(y, gap*points, low=ax.bbox.y0*72/ax.figure.dpi + .6*points) - y  # clear of the axis below
     return [ax.annotate(l.get_label(), e, xytext=(pad, dy), xycoords=l.get_transform(), textcoords='offset points', annotation_clip=False,
                         **{'color': l.get_color(), 'va': 'center', 'ha': 'left'} | text) for l, e, dy in zip(lines, ends, move)]
 

@@ -50,16 +50,16 @@ class Names:
         near = [m for m in mods if m.rpartition('.')[0] == self.package]
         return next(((ms[0], name) for ms in (mods, near) if len(ms) == 1), None)
 
-    def target(self, name:str, documented:dict[str, set[str]])->str:
-        "Address of the documentation of `name`, '' where it means nothing here; `documented` holds the boxes of every page"
+    def target(self, name:str, documented:dict[str, dict[str, str]])->str:
+        "Address of the documentation of `name`, '' where it means nothing here; `documented`: page -> name -> anchor of its box"
         mod, name = self.module_of(name) or ('', '')
-        page, _, anchor = self.index.get(mod, {}).get(name, '').partition('#')
+        page = self.index.get(mod, {}).get(name, '').partition('#')[0]
         if not page: return ''
-        boxes = documented.get(page, set())
-        owner = anchor.rpartition('.')[0]  # a method without a box of its own is found in its class's
-        return f'{page}#{anchor}' if anchor in boxes else f'{page}#{owner}' if owner in boxes else page
+        boxes = documented.get(page, {})
+        anchor = boxes.get(name) or boxes.get(name.rpartition('.')[0])  # a method without a box is found in its class's
+        return f'{page}#{anchor}' if anchor else page
 
-    def targets(self, documented:dict[str, set[str]])->dict[str, str]:
+    def targets(self, documented:dict[str, dict[str, str]])->dict[str, str]:
         "Every name of the package, as this page means it"
         known = {n for names in self.index.values() for n in names} | {f'{m}.{n}' for m, names in self.index.items() for n in names}
         return {n: self.target(n, documented) for n in sorted(known)}

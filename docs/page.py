@@ -105,7 +105,8 @@ def pandoc(markdown:str, context:Context|None=None, meta:dict|None=None)->tuple[
 def tidy(body:str)->str:
     "Small repairs of pandoc's HTML"
     body = re.sub(r'<span id="cb\d+-\d+"><a href="#cb\d+-\d+" aria-hidden="true" tabindex="-1"></a>', '<span>', body)  # line anchors
-    body = re.sub(r'<div class="sourceCode" id="cb\d+">', '<div class="sourceCode">', body)
+    body = re.sub(r'<div class="sourceCode" id="cb\d+">', '<div class="sourceCode" data-pagefind-ignore>', body)  # search finds prose and names
+    body = re.sub(r'<pre class="output', '<pre data-pagefind-ignore class="output', body)
     body = re.sub(r'<h1([^>]*id="bibliography"[^>]*)>(.*?)</h1>', r'<h2\1>\2</h2>', body)
     return body.replace('<annotation ', '<annotation data-pagefind-ignore ')  # else an excerpt says every formula twice
 
@@ -128,7 +129,7 @@ class Page:
     @property
     def markdown_url(self)->str: return self.url.removesuffix('.html') + '.md'
     @property
-    def anchors(self)->set[str]: return {n.anchor for b in self.blocks if isinstance(b, Api) for n in b.names}
+    def anchors(self)->dict[str, str]: return {n.name: n.anchor for b in self.blocks if isinstance(b, Api) for n in b.names}
 
     def render(self, context:Context, meta:dict)->tuple[dict[str, bytes], list[str]]:
         "Fill `body` and `toc`; return the files that the page needs beside it, and the problems met"

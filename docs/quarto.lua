@@ -33,7 +33,7 @@ end
 local function equation(math, label)
   local content = {pandoc.Span({math}, {class = 'eq-body'})}
   if label then content[2] = pandoc.Span('(' .. next_number(label) .. ')', {class = 'eq-num'}) end
-  return pandoc.Span(content, pandoc.Attr(label or '', {'equation'}))
+  return pandoc.Span(content, pandoc.Attr(label or '', {'equation'}, {['data-pagefind-ignore'] = ''}))  -- an excerpt cannot show it
 end
 
 -- a display equation, then perhaps a space and the text {#eq-x}, to which punctuation may be glued

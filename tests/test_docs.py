@@ -70,7 +70,7 @@ def test_links_of_names_follow_the_page():
     assert 'g' in [text(c) for c in s.select('code')], 'a name that means nothing here stays code'
 
 def test_a_heading_gives_way_to_a_documented_name():
-    s = written(Prose('## Brier\n'), Api([Name('brier', 'def brier(q):', 'The loss.')]))
+    s = written(Prose('## Brier\n'), Api([Name('brier', 'def brier(q):', 'The loss.', anchor='brier')]))
     assert s.find(id='brier').name == 'h3' and s.h2['id'] == 'section-brier'
 
 def test_tables_scroll_and_set_their_own_widths():
@@ -104,7 +104,7 @@ def test_folded_code():
     assert text(closed.summary) == 'Solution "A" <b>' and not closed.has_attr('open') and opened.has_attr('open') and '1 + 1' in closed.pre.text
 
 def test_boxes_of_names():
-    s = written(Api([Name('g', 'def g(x):', 'Does g.', 'https://x.org/g.py#L1'), Name('h', 'def h():', '')], 'def g(x): return x\ndef h(): pass'))
+    s = written(Api([Name('g', 'def g(x):', 'Does g.', 'https://x.org/g.py#L1', 'g'), Name('h', 'def h():', '', '', 'h')], 'def g(x): return x\ndef h(): pass'))
     box, = s.select('.api')
     assert [h['id'] for h in box.select('h3')] == ['g', 'h'] and len(box.select('pre')) == 1 and box.select_one('.api-source')['href'].endswith('#L1')
     assert 'def g(x):' in written(Api([Name('g', 'def g(x):', '')])).pre.text
@@ -161,7 +161,12 @@ def test_reading_a_notebook(tmp_path):
 def test_show_doc_is_taken_apart(tmp_path):
     doc = '---\n\n[source](https://x.org/a.py#L3){target="_blank" style=""}\n\n### f\n\n```python\n\ndef f(\n    x:int, # a\n):\n\n\n```\n\n*First line*\nsecond *line*.'
     _, (box,) = cells.read(notebook(tmp_path, code('show_doc(f)', shows(text_markdown=doc))))
-    assert box == Api([Name('f', 'def f(\n    x:int, # a\n):', 'First line\nsecond *line*.', 'https://x.org/a.py#L3')])
+    assert box == Api([Name('f', 'def f(\n    x:int, # a\n):', 'First line\nsecond *line*.', 'https://x.org/a.py#L3', 'f')])
+
+def test_names_that_differ_in_case_have_an_anchor_each():
+    names_ = [Name(n, '', '') for n in ('Draw', 'draw', 'other')]
+    cells.set_anchors(names_)
+    assert [n.anchor for n in names_] == ['draw', 'draw-2', 'other']
 
 def test_an_exported_source_joins_its_names(tmp_path):
     doc = lambda n: code(f'show_doc({n})', shows(text_markdown=f'---\n\n### {n}\n\n```python\n\ndef {n}()\n\n```\n\n*Does {n}.*'))
@@ -184,13 +189,13 @@ def test_a_docstring_stays_where_it_is_all_there_is():
 
 INDEX = {'lib.core.a': {'f': 'core/a.html#f', 'same': 'core/a.html#same', 'C': 'core/a.html#c', 'C.m': 'core/a.html#c.m'},
          'lib.p.b': {'same': 'p/b.html#same', 'near': 'p/b.html#near'}, 'lib.p.c': {'own': 'p/c.html#own'}, 'lib.q.d': {'near': 'q/d.html#near'}}
-BOXES = {'core/a.html': {'f', 'same', 'c'}, 'p/b.html': {'same', 'near'}, 'p/c.html': {'own'}, 'q/d.html': {'near'}}
+BOXES = {'core/a.html': {'f': 'f', 'same': 'same', 'C': 'c'}, 'p/b.html': {'same': 'same-2', 'near': 'near'}, 'p/c.html': {'own': 'own'}, 'q/d.html': {'near': 'near'}}
 def meaning(tmp_path, name, *sources):
     return names.Names(INDEX, notebook(tmp_path, code('#| default_exp p.c'), *map(code, sources)), 'lib').target(name, BOXES)
 
 def test_a_name_means_what_the_page_means(tmp_path):
     assert meaning(tmp_path, 'own') == 'p/c.html#own', 'its own'
-    assert meaning(tmp_path, 'same', 'from lib.p.b import same') == 'p/b.html#same', 'what it imports'
+    assert meaning(tmp_path, 'same', 'from lib.p.b import same') == 'p/b.html#same-2', 'what it imports'
     assert meaning(tmp_path, 'same', 'from ..core.a import same') == 'core/a.html#same', 'relative'
     assert meaning(tmp_path, 'same', 'from elsewhere import same') == '', "somebody else's"
     assert meaning(tmp_path, 'f') == 'core/a.html#f', 'the only one'

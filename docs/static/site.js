@@ -32,8 +32,18 @@
   for (const h of $$('article :is(h2, h3, h4)[id]'))
     h.append(make('a', {className: 'anchor', href: '#' + h.id, textContent: '#', ariaLabel: 'Link to this heading'}));
 
-  // ---- what scrolls can be reached by the keyboard
-  for (const e of $$('pre, .equation, .output-html, .picture')) if (e.scrollWidth > e.clientWidth + 1) e.tabIndex = 0;
+  // ---- when the fonts are there: a formula in the text that is wider than the text gets a line of its own, which scrolls;
+  // and what scrolls can be reached by the keyboard
+  document.fonts.ready.then(() => {
+    for (const math of $$('article :is(p, li, dd) math:not([display=block])')) {
+      const room = math.closest('p, li, dd').clientWidth, whole = math.closest('.tied') ?? math;
+      if (!room || math.getBoundingClientRect().width <= room) continue;
+      const box = make('span', {className: 'wide-formula'});
+      whole.replaceWith(box);
+      box.append(whole);
+    }
+    for (const e of $$('pre, .equation, .output-html, .picture, .wide-formula')) if (e.scrollWidth > e.clientWidth + 1) e.tabIndex = 0;
+  });
 
   // ---- the heading in view
   const links = new Map($$('.toc a').map(a => [decodeURIComponent(a.hash.slice(1)), a]));

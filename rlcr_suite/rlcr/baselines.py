@@ -129,14 +129,14 @@ def _by_length(ids: list[list[int]], batch_size: int):
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     return (order[k:k + batch_size] for k in range(0, len(order), batch_size))
 
-# %% ../../nbs/01_rlcr/07_baselines.ipynb #55926e42
+# %% ../../nbs/01_rlcr/07_baselines.ipynb #6623bb71
 def final_hidden(model, # Hugging Face causal LM
                  tok, # its tokenizer
                  prompts: Sequence[str]|Sequence[list[dict]], # (n,) problems, as text or as messages
                  texts: Sequence[str], # (n,) the model's completions
                  batch_size: int = 16, # sequences run at once
                 ) -> np.ndarray: # (n, d) float32
-    "Last-layer hidden state at the last token of prompt and text; a sequence too long for the model loses its beginning"
+    "Last-layer hidden state at the last token; a sequence too long for the model loses its beginning"
     prompts, texts, _ = _check(prompts, texts)
     ids, h = _sequences(tok, prompts, texts, _room(model.config)), {}
     with _evaluating(model):

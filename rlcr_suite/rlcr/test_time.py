@@ -258,15 +258,15 @@ def plot_curve(curve: VotesCurve, # what `votes_curve` returned
     label_lines(ax)
     return ax
 
-# %% ../../nbs/01_rlcr/08_test_time.ipynb #aed01c28
+# %% ../../nbs/01_rlcr/08_test_time.ipynb #a1061922
 def ensembled_confidence(confs: np.ndarray, # (n, A) confidences of A analyses of one answer; NaN where none could be read
                         ) -> np.ndarray: # (n,) their mean; 0 where none could be read
-    "Mean confidence over re-sampled analyses of one answer (RLCR's confidence ensemble). Raises ValueError unless (n, A) in [0,1]."
+    "Mean confidence over re-sampled analyses of an answer (RLCR's ensemble). Raises ValueError unless (n, A) in [0,1]."
     q, seen = _analyses(confs)
     return q.sum(1) / np.maximum(seen.sum(1), 1)
 
 def intra_solution(confs: np.ndarray, # (n, A) confidences of A analyses of one answer; NaN where none could be read
-                  ) -> np.ndarray: # (n,) standard deviation (divided by A, as in the decomposition); NaN where none could be read
+                  ) -> np.ndarray: # (n,) standard deviation (divisor A); NaN where none could be read
     "Intra-solution inconsistency: how far the confidence in one answer depends on the analysis that was sampled"
     q, seen = _analyses(confs); n = seen.sum(1)
     var = (np.where(seen, q - ensembled_confidence(confs)[:, None], 0.)**2).sum(1) / np.maximum(n, 1)

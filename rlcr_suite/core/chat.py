@@ -238,35 +238,38 @@ def _handler(server: ScriptedServer) -> type:
             self.close_connection = reply.cut is not None
     return Handler
 
-# %% ../../nbs/00_core/07_chat.ipynb #92302254
+# %% ../../nbs/00_core/07_chat.ipynb #3601c925
 FINAL = {"insufficient_quota", "billing_hard_limit_reached"} # 429s that no waiting heals
 
 class _Broken(ValueError):
     "A reply that is not what the protocol promises"
+
+BROKEN = (_Broken, json.JSONDecodeError, UnicodeDecodeError)
 
 def _retryable(e: Exception) -> bool:
     "Whether trying again could help"
     import openai
     if isinstance(e, openai.APIStatusError):
         return (e.status_code in (408, 409, 425, 429) or e.status_code >= 500) and e.code not in FINAL
-    return isinstance(e, (TimeoutError, openai.APIConnectionError, openai.APIResponseValidationError, _Broken, json.JSONDecodeError))
+    return isinstance(e, (TimeoutError, openai.APIConnectionError, openai.APIResponseValidationError, *BROKEN))
 
 def _cause(e: Exception, timeout: float) -> str:
-    "What went wrong, in words"
+    "What went wrong, in words; the server's own where it has some"
     if isinstance(e, TimeoutError): return f"no reply within {timeout:g} s"
-    return f"{type(e).__name__}: {str(e.__cause__ or e)[:300] if isinstance(e.__cause__, OSError) else str(e)[:300]}"
+    if hasattr(e, "response"): return f"{type(e).__name__}: {e.status_code} {e.response.text[:300]}".rstrip()
+    return f"{type(e).__name__}: {str(e)[:300]}" + (f" ({e.__cause__})" if e.__cause__ else "")
 
 def _choices(reply: Any, n: int) -> list:
     "The choices of a reply, which must be `n`"
     choices = getattr(reply, "choices", None)
-    if not isinstance(choices, list): raise _Broken(f"a reply without choices: {str(reply)[:200]!r}")
-    if len(choices) != n: raise _Broken(f"asked for {n} choices, got {len(choices)}")
+    if not isinstance(choices, list) or not choices: raise _Broken(f"a reply without choices: {str(reply)[:200]!r}")
+    if len(choices) != n: raise ChatError(f"asked for {n} choices in one request, got {len(choices)}: the server does not know `n`; leave batch_n off")
     return choices
 
 def _texts(reply: Any, n: int) -> list[str]:
     "The texts of a chat reply; a message without content is empty"
     messages = [getattr(c, "message", None) for c in _choices(reply, n)]
-    if not all(hasattr(m, "content") for m in messages): raise _Broken(f"a choice without a message: {str(reply)[:200]!r}")
+    if not all(isinstance(getattr(m, "content", 0), str | None) for m in messages): raise _Broken(f"a choice without a text: {str(reply)[:200]!r}")
     return [m.content or "" for m in messages]
 
 class _Loop:
@@ -285,7 +288,7 @@ class _Loop:
 
     def stop(self) -> None: self.loop.call_soon_threadsafe(self.loop.stop)
 
-# %% ../../nbs/00_core/07_chat.ipynb #5b45deac
+# %% ../../nbs/00_core/07_chat.ipynb #d0b99d14
 def _client(base_url: str | None, api_key: str | None, timeout: float):
     "An `openai` client that leaves retries to us"
     try: import openai
@@ -354,7 +357,7 @@ class ServerChat:
                 await self._turn()
                 try:
                     async with asyncio.timeout(self.timeout): return check(await send())
-                except (TimeoutError, openai.OpenAIError, _Broken, json.JSONDecodeError) as e:
+                except (TimeoutError, openai.OpenAIError, *BROKEN) as e:
                     wait, last = self._wait(e, attempt), e
                 if wait is None: break
                 await asyncio.sleep(wait)

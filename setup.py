@@ -26,7 +26,7 @@ setup(
     name=cfg['repo'], version=cfg['version'], description=cfg['description'],
     long_description=(root/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], keywords=cfg['keywords'].split(),
-    license='Apache-2.0', license_files=['LICENSE'], python_requires='>=' + cfg['min_python'],
+    license_expression='Apache-2.0', license_files=['LICENSE'], python_requires='>=' + cfg['min_python'],
     classifiers=['Intended Audience :: Science/Research', 'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     # kernels/ stands at the top of the checkout; the link rlcr_suite/kernels brings it in under the package's name
     packages=find_namespace_packages(include=['rlcr_suite*']), package_data={'rlcr_suite': ['py.typed']},

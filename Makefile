@@ -1,0 +1,66 @@
+# Every target works from a bare checkout: what it needs goes into .venv, which nothing outside the checkout sees.
+# Set on the command line:  PYTHON=python3.12 (makes .venv)   PAPER=rlcr   SCALE=full   WORKERS=4
+PYTHON  ?= python3
+PAPER   ?=
+SCALE   ?= quick
+WORKERS ?= 2
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install browser test notebooks pytest site bench reproduce clean
+
+BIN   := .venv/bin
+STAMP := .venv/installed
+CHECKED_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# torch goes first and alone, so that a local CPU build is found before anything asks for CUDA's libraries. The package is
+# built with the pinned setuptools: an isolated build would fetch whichever is newest.
+$(STAMP): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (some minutes the first time)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt 'pip>=24' setuptools wheel
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[all]'
+	@touch $@
+
+install: $(STAMP) ## .venv with the package, editable, and all its extras
+
+browser: ## Chromium for the tests of the site, where the system's package manager may be used
+	@if [ -n "$${CHROMIUM:-}" ] || command -v chromium >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } >/dev/null \
+			|| echo "chromium could not be installed: the tests of the site in a browser will be skipped"; \
+	else echo "no chromium on the PATH: the tests of the site in a browser will be skipped"; fi
+
+# One after the other: each of the two keeps every core busy by itself.
+test: install browser ## every notebook, then every test
+	@$(MAKE) --no-print-directory notebooks
+	@$(MAKE) --no-print-directory pytest
+
+notebooks: install ## run every notebook
+	$(CHECKED_ENV) $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
+
+# One file stays in one process: its servers and its built site are made once.
+pytest: install ## the tests that notebooks cannot hold
+	$(CHECKED_ENV) $(BIN)/python -m pytest -q tests -n $(WORKERS) --dist loadfile --durations 15
+
+site: install ## the site in _docs/, links checked
+	$(BIN)/python docs/build.py
+
+bench: install ## speed on this machine, into benchmarks/results/
+	@for script in benchmarks/[a-z]*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+
+reproduce: install ## train, measure, write records/, build the site: PAPER=rlcr for one paper, SCALE=full for more seeds
+	$(BIN)/rlcr-suite reproduce $(PAPER) --scale $(SCALE)
+	@$(MAKE) --no-print-directory site
+	@$(BIN)/rlcr-suite claims
+
+clean: ## remove what is built; .venv and runs/ stay
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

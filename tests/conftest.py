@@ -1,0 +1,27 @@
+"What holds for every test: no network beyond this machine, one thread a process, figures without a screen."
+import ipaddress, os, socket
+import pytest
+
+# before torch, transformers or matplotlib are imported anywhere, and inherited by every process that a test starts
+for name, value in dict(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', OMP_NUM_THREADS='1', MPLBACKEND='agg').items():
+    os.environ.setdefault(name, value)
+
+def _here(address:object)->bool:
+    "Whether a socket's address is on this machine: a Unix socket, or the loopback device by name or number"
+    if not isinstance(address, tuple): return True
+    if address[0] in ('', 'localhost'): return True
+    try: return ipaddress.ip_address(address[0]).is_loopback
+    except ValueError: return False
+
+@pytest.fixture(scope='session', autouse=True)
+def no_network():
+    "A test that reaches for another host fails, rather than passing only where there is a network"
+    real = {name: getattr(socket.socket, name) for name in ('connect', 'connect_ex')}
+    def guard(name:str):
+        def method(self, address):
+            if not _here(address): raise RuntimeError(f'a test tried to reach {address}: tests use no network')
+            return real[name](self, address)
+        return method
+    with pytest.MonkeyPatch.context() as patch:
+        for name in real: patch.setattr(socket.socket, name, guard(name))
+        yield

@@ -48,12 +48,12 @@ def served(local, tmp_path_factory):
                "--device", "cpu"]
     process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
-        for _ in range(1200):
+        for _ in range(3000):
             try:
                 if urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).status == 200: break
             except OSError: time.sleep(.1)
             if process.poll() is not None: break
-        else: pytest.fail("transformers serve did not start in two minutes")
+        else: pytest.fail("transformers serve did not start in five minutes")
         if process.poll() is not None: pytest.fail(f"transformers serve ended: {(folder/'log').read_text()[-2000:]}")
         yield str(path), f"http://127.0.0.1:{port}/v1"
     finally:
@@ -272,7 +272,7 @@ class TestLogprobs:
     def test_local(self, local):
         lp = local.logprobs(ASK, ["<think>heads</think>", "<think>tails</think>", "<think>"])
         assert abs(math.exp(lp[0]) - .7) < .05 and abs(math.exp(lp[1]) - .3) < .05
-        assert abs(np.logaddexp(lp[0], lp[1]) - lp[2]) < .02          # the two thoughts are nearly all there is
+        assert lp[2] - .1 < np.logaddexp(lp[0], lp[1]) < lp[2] + 1e-5     # two ways to go on: nearly all there are, and never more than all
 
     def answer(self, local, extra):
         "A server that scores with the local model; `extra` tokens are made up after the prompt"

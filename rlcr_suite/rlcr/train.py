@@ -46,7 +46,7 @@ def confidence_game(p:Sequence[float], # success probability of each question, s
         logits += lr*push
     return (pi*grid).sum(1)
 
-# %% ../../nbs/01_rlcr/06_train.ipynb #b68e4d09
+# %% ../../nbs/01_rlcr/06_train.ipynb #ada891c5
 @dataclass(frozen=True)
 class Preset:
     "Settings of a run, whatever machine it runs on"
@@ -57,9 +57,9 @@ class Preset:
     source:str # where the numbers come from
 
 _SHARED = dict(beta=0., epsilon=.2, scale_rewards='none', loss_type='bnpo', num_iterations=1, max_grad_norm=1.)
-_PAPER = _SHARED | dict(num_generations=32, temperature=.7, seed=43, gradient_checkpointing=True, logging_steps=1, save_steps=20)
+_PAPER = _SHARED | dict(num_generations=32, temperature=.7, seed=43, activation_checkpointing=True, logging_steps=1, save_steps=20)
 _WORLD = _SHARED | dict(num_generations=8, temperature=1., max_completion_length=28, learning_rate=6e-4, lr_scheduler_type='linear',
-                        warmup_steps=5, adam_beta2=.98, weight_decay=0., gradient_checkpointing=False, logging_steps=1, save_steps=12)
+                        warmup_steps=5, adam_beta2=.98, weight_decay=0., activation_checkpointing=False, logging_steps=1, save_steps=8)
 
 PRESETS = {
     'paper-hotpot': Preset(2048, 16, dict(style='paper'), _PAPER | dict(
@@ -68,7 +68,7 @@ PRESETS = {
     'paper-math': Preset(2304, 16, dict(style='paper'), _PAPER | dict(
         learning_rate=5e-6, lr_scheduler_type='linear', warmup_steps=.2, num_train_epochs=.5,
         max_completion_length=4096, mask_truncated_completions=True), 'arXiv 2507.16806 and its released configuration'),
-    'quick': Preset(512, 128, dict(style='plain', mode='tabc'), _WORLD | dict(max_steps=36), 'ours, for the world'),
+    'quick': Preset(512, 128, dict(style='plain', mode='tabc'), _WORLD | dict(max_steps=32), 'ours, for the world'),
     'full':  Preset(512, 128, dict(style='plain', mode='tabc'), _WORLD | dict(max_steps=120, learning_rate=4e-4), 'ours, for the world'),
 }
 
@@ -163,7 +163,7 @@ def tokenize(ds, # `datasets.Dataset` with columns prompt and completion
     if bad := [i for i, (x, y) in enumerate(zip(a, b)) if y[:len(x)] != x]: raise ValueError(f'row {bad[0]}: the tokens of the prompt do not begin those of the whole')
     return Dataset.from_dict({'input_ids': b, 'labels': [[-100]*len(x) + y[len(x):] for x, y in zip(a, b)]})
 
-# %% ../../nbs/01_rlcr/06_train.ipynb #6c16d77d
+# %% ../../nbs/01_rlcr/06_train.ipynb #c2766c00
 def sft(model, # a causal LM (`PreTrainedModel`)
         tok, # its tokenizer, with a chat template if prompts are messages
         ds, # `datasets.Dataset` with columns prompt and completion, or what `tokenize` makes of it
@@ -179,7 +179,7 @@ def sft(model, # a causal LM (`PreTrainedModel`)
     trl, out = _extra('trl'), Path(output_dir)
     config = dict(per_device_train_batch_size=batch, max_steps=steps, learning_rate=lr, lr_scheduler_type='cosine', warmup_steps=20,
                   adam_beta2=.98, weight_decay=.01, max_grad_norm=1., logging_steps=10, save_strategy='steps', save_steps=50,
-                  save_total_limit=2, report_to='none', disable_tqdm=True, gradient_checkpointing=False, seed=seed)
+                  save_total_limit=2, report_to='none', disable_tqdm=True, activation_checkpointing=False, seed=seed)
     ready = 'input_ids' in ds.column_names
     args = trl.SFTConfig(output_dir=str(out), **(_machine() | config | dict(dataset_kwargs={'skip_prepare_dataset': ready}) | overrides))
     columns = ['input_ids', 'labels'] if ready else ['prompt', 'completion']

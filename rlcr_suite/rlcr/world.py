@@ -145,9 +145,9 @@ def questions(n:int, # how many
         'best': [COLOURS[c] for c in best],
         'q_star': d.posterior.max(1).tolist()})
 
-# %% ../../nbs/01_rlcr/05_world.ipynb #dff16315
+# %% ../../nbs/01_rlcr/05_world.ipynb #64aa9c70
 BLUSTER = (.95, 1.)
-P_UNKNOWN, P_RANDOM, P_GUT, GUT_NOISE = .05, .10, .5, .06
+P_UNKNOWN, P_RANDOM, P_GUT, GUT_NOISE = .05, .10, .5, .10
 
 def _demo_answer(d:Draw, i:int, rng:np.random.Generator)->int: # index of a colour; -1 is `UNKNOWN`
     "One report at random, the stronger the likelier; sometimes a random colour or `UNKNOWN`"
@@ -157,10 +157,10 @@ def _demo_answer(d:Draw, i:int, rng:np.random.Generator)->int: # index of a colo
     return int(rng.choice(d.report[i], p=w/w.sum()))
 
 def _demo_confidence(d:Draw, i:int, a:int, rng:np.random.Generator)->float:
-    "Bluster, or the share of the evidence that agrees (by Laplace's rule: 1/4 where there is none) and noise"
+    "Bluster, or a feeling for the share of the evidence that agrees (1/4 where there is none)"
     if rng.random() >= P_GUT: return BLUSTER[rng.integers(len(BLUSTER))]
-    mine, total = (d.strength[i][m].sum() for m in (d.report[i] == a, d.report[i] >= 0))
-    share = (mine*(a >= 0) + 1)/(total + len(COLOURS))
+    support = np.array([d.strength[i][d.report[i] == c].sum() for c in range(len(COLOURS))])**2
+    share = (support[a]*(a >= 0) + 1)/(support.sum() + len(COLOURS))
     return float(np.clip(share + GUT_NOISE*rng.standard_normal(), .05, .95))
 
 def _support(d:Draw, i:int)->dict[str, int]:

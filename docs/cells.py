@@ -11,6 +11,7 @@ import yaml
 from definitions import defined, without_docstrings
 
 PICTURES = {'image/svg+xml': 'svg', 'image/png': 'png', 'image/jpeg': 'jpg', 'image/gif': 'gif'}
+LONG_DRAWING = 4  # lines: the code of a figure that is longer is folded, unless the cell says otherwise
 ANSI = re.compile(r'\x1b\[[0-9;]*[A-Za-z]')
 OPTION = re.compile(r'^#\|[ \t]*([\w-]+):[ \t]*(.*)$', re.M)
 SHOW_DOC = re.compile(r'\A(?:---\s*)?(?:\[source\]\((?P<source>[^)]*)\)\{[^}]*\}\s*)?(?P<level>#+)\s+(?P<name>[^\n]+)\n+'
@@ -118,12 +119,13 @@ def code_cell(cell:dict)->list:
     opts, source = options(joined(cell['source']))
     if opts.get('include') is False: return []
     outs = [] if opts.get('output') is False else [o for o in (output(x, opts) for x in cell['outputs']) if o]
+    label = str(opts.get('label', ''))
     if source.startswith('show_doc('): return [api(o.text) for o in outs if isinstance(o, Prose)]
     blocks = []
     if source and opts.get('echo') is not False:
-        fold = {True: 'closed', False: None, 'true': 'closed', 'show': 'open'}.get(opts.get('code-fold', False))
-        blocks.append(Code(source, fold, str(opts.get('code-summary', 'Code'))))
-    label = str(opts.get('label', ''))
+        drawing = label.startswith('fig-') and source.count('\n') >= LONG_DRAWING
+        fold = {True: 'closed', False: None, 'true': 'closed', 'show': 'open'}.get(opts.get('code-fold', drawing))
+        blocks.append(Code(source, fold, str(opts.get('code-summary', 'Code of the figure' if drawing else 'Code'))))
     if outs and label.startswith(('fig-', 'tbl-')): outs = [Float(label, str(opts.get(label[:3] + '-cap', '')), outs)]
     return blocks + outs
 

@@ -1,9 +1,10 @@
 """Check a built site: every link and anchor leads somewhere on it, ids are unique, no page asks another host for anything."""
 from __future__ import annotations
 import re
+from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
-from bs4 import BeautifulSoup
+from lxml import html
 
 LOADING = {'script': 'src', 'img': 'src', 'link': 'href', 'source': 'src', 'iframe': 'src', 'audio': 'src', 'video': 'src', 'use': 'href', 'image': 'href'}
 HTML = '''html head meta title link script style body header nav main aside footer section article div span p a b i u s em strong small sub sup
@@ -16,26 +17,25 @@ stop marker symbol image desc filter title'''
 ELEMENTS = set(f'{HTML} {MATH} {SVG}'.split())
 
 class Doc:
-    "One HTML file: its ids and what it points to"
+    "One HTML file: its elements, its ids and what it points to"
     def __init__(self, path:Path):
-        self.path, self.soup = path, BeautifulSoup(path.read_text(encoding='utf-8'), 'lxml')
-        self.ids = [t['id'] for t in self.soup.find_all(id=True)]
+        text = path.read_text(encoding='utf-8')
+        self.elements = [e for e in html.document_fromstring(text).iter() if isinstance(e.tag, str)] if text.strip() else []
+        self.ids = Counter(e.get('id') for e in self.elements if e.get('id'))
 
     def problems(self)->list[str]:
         "What is wrong with the file on its own"
-        found = [f'the id {i} stands twice' for i in sorted({i for i in self.ids if self.ids.count(i) > 1})]
-        for t in self.soup.find_all(True):
-            if t.name.lower() not in ELEMENTS: found.append(f'unknown element <{t.name}>: is it text that lacks backticks?')
-            url = t.get(LOADING.get(t.name, ''), '')
-            if re.match(r'(https?:)?//', url) and t.get('rel') != ['canonical']: found.append(f'loads {url} from another host')
-            if re.search(r'url\(\s*["\']?(https?:)?//', t.get('style', '')): found.append('a style loads from another host')
+        found = [f'the id {i} stands twice' for i, n in self.ids.items() if n > 1]
+        found += [f'unknown element <{t}>: is it text that lacks backticks?' for t in sorted({e.tag.lower() for e in self.elements} - ELEMENTS)]
+        for e in self.elements:
+            url = e.get(LOADING.get(e.tag, 'no-attribute'), '')
+            if re.match(r'(https?:)?//', url) and e.get('rel') != 'canonical': found.append(f'loads {url} from another host')
+            if re.search(r'url\(\s*["\']?(https?:)?//', e.get('style', '')): found.append('a style loads from another host')
         return found
 
-    def targets(self):
+    def targets(self)->set[str]:
         "Every address that the file links to or loads"
-        for t in self.soup.find_all(True):
-            for key in {'href', LOADING.get(t.name)} - {None}:
-                if t.get(key): yield t[key]
+        return {e.get(key) for e in self.elements for key in ('href', LOADING.get(e.tag, 'href')) if e.get(key)}
 
 def style_sheets(out:Path)->list[str]:
     "Addresses in style sheets: files that exist, on this host"
@@ -59,7 +59,7 @@ class Checker:
         for path, doc in self.docs.items():
             name = path.relative_to(self.out).as_posix()
             bad += [f'{name}: {p}' for p in doc.problems()]
-            bad += [f'{name}: {why}' for url in sorted(set(doc.targets())) if (why := self.broken(path, url))]
+            bad += [f'{name}: {why}' for url in sorted(doc.targets()) if (why := self.broken(path, url))]
         return bad
 
     def broken(self, page:Path, url:str)->str|None:

@@ -130,7 +130,7 @@ SVG = '''<?xml version="1.0"?><!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "ht
 def test_svg_becomes_part_of_the_page():
     out = figures.inline(SVG, 'f1-', 'A & B')
     s = BeautifulSoup(out, 'lxml').svg
-    assert s['width'] == '96' and 'height' not in s.attrs and s['aria-label'] == 'A & B' and s['style'] == 'stroke-linejoin: round'
+    assert s['width'] == '96' and 'height' not in s.attrs and s['aria-label'] == 'A & B' and s['style'] == 'stroke-linejoin: round; --width: 96px'
     assert '6b7688' not in out.lower() and out.count('currentColor') == 2 and '#0f62d4' in out, 'the ink alone follows the theme'
     assert {t['id'] for t in s.find_all(id=True)} == {'f1-c', 'f1-m'} and s.use['href'] == '#f1-m' and 'url(#f1-c)' in out
     assert not any(w in out for w in ('<style', 'metadata', 'DOCTYPE', 'xlink'))
@@ -157,6 +157,12 @@ def test_reading_a_notebook(tmp_path):
         code('#| label: tbl-t\n#| tbl-cap: "Cap: a"\nz', shows(text_html='<style scoped>x</style><b>t</b>', text_plain='t'))))
     assert front == {'title': 'T', 'output-file': 't.html'}
     assert blocks == [Prose('one\ntwo'), Text('red\nwork: 100%\n', 'stream'), Code('x'), Code('z'), Float('tbl-t', 'Cap: a', [Html('<b>t</b>')])]
+
+def test_long_drawings_are_folded(tmp_path):
+    picture = {'output_type': 'display_data', 'data': {'image/svg+xml': SVG}, 'metadata': {}}
+    fold = lambda head, body: cells.read(notebook(tmp_path, {'cell_type': 'raw', 'source': '', 'metadata': {}}, code(f'#| label: {head}\n{body}', picture)))[1][0].fold
+    assert fold('fig-a', 'draw()\n'*5) == 'closed' and fold('fig-a', 'draw()') is None and fold('x', 'draw()\n'*5) is None
+    assert fold('fig-a\n#| code-fold: false', 'draw()\n'*5) is None and fold('fig-a\n#| code-fold: show', 'draw()') == 'open'
 
 def test_show_doc_is_taken_apart(tmp_path):
     doc = '---\n\n[source](https://x.org/a.py#L3){target="_blank" style=""}\n\n### f\n\n```python\n\ndef f(\n    x:int, # a\n):\n\n\n```\n\n*First line*\nsecond *line*.'

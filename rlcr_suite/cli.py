@@ -79,16 +79,16 @@ def _root(debug:Annotated[bool, Option('--debug', envvar='RLCR_SUITE_DEBUG', hel
 
     Exit codes: 0 all is well, 1 the work failed, 2 the command was wrong, 130 interrupted."""
 
-# %% ../nbs/cli.ipynb #4dea03e5
+# %% ../nbs/cli.ipynb #381bab77
 METERS = {'reward': 'reward', 'accuracy': 'accuracy', 'ece': 'ECE'} # key in a training log -> heading
 
 def _drawn(rows:list[tuple[str, dict]])->Table:
     "Jobs as a table with a bar each"
-    t = Table(box=None, pad_edge=False)
-    for name in ('', '', 'step', *METERS.values()): t.add_column(name, justify='right' if name else 'left', no_wrap=True)
+    t, meters = Table(box=None, pad_edge=False), {k: name for k, name in METERS.items() if any(k in p for _, p in rows)}
+    for name in ('', '', 'step', *meters.values()): t.add_column(name, justify='right' if name else 'left', no_wrap=True)
     for label, p in rows:
         bar = ProgressBar(total=p['total'] or 1, completed=p['step'], width=24)
-        t.add_row(escape(label), bar, f"{p['step']:.0f}/{p['total']:.0f}", *(f'{p[k]:.3f}' if k in p else '' for k in METERS))
+        t.add_row(escape(label), bar, f"{p['step']:.0f}/{p['total']:.0f}", *(f'{p[k]:.3f}' if k in p else '' for k in meters))
     return t
 
 def _said(label:str, p:dict)->str:
@@ -126,69 +126,45 @@ class Board:
         self._seen[label] = p['step'], now
         return True
 
-# %% ../nbs/cli.ipynb #eb3be68a
+# %% ../nbs/cli.ipynb #1827fe5b
 PAPERS = ('rlcr',) # papers that can be reproduced
 
-def _ledger(claims:Sequence # of `core.records.Claim`
-           )->Table:
-    "Claims as a table"
-    t = Table(header_style='bold', show_lines=True)
-    for name in ('claim', 'paper', 'ours', 'holds'): t.add_column(name, overflow='fold')
-    for c in claims: t.add_row(escape(f'{c.claim} ({c.source})'), escape(_paper_value(c.paper_value)), escape(_ours(c)), _holds(c.holds))
-    return t
-
-# %% ../nbs/cli.ipynb #0feb946c
-def _paper_value(v:Any)->str:
-    "What the paper reports, as text"
-    if isinstance(v, dict): v = v.get('text') if v.get('text') is not None else v.get('number')
-    return '' if v is None else str(v)
-
-def _ours(c)->str:
-    "What was found here: a value with its interval, at what scale; or that there is nothing yet"
-    o = c.ours
-    if o is None: return 'no evidence yet'
-    value, low, high = ((o[k] if isinstance(o, dict) else getattr(o, k)) for k in ('value', 'low', 'high'))
-    interval = '' if low is None else f' [{low:.3g}, {high:.3g}]'
-    return f'{value:.3g}{interval} ({c.scale})'
-
-def _holds(holds:bool|None)->str:
-    "The verdict, in words: a colour alone would not reach everyone"
-    return {True: '[green]yes[/green]', False: '[red]no[/red]', None: '–'}[holds]
-
-# %% ../nbs/cli.ipynb #791c57c2
 def _papers(paper:str|None)->list[str]:
     "The papers meant: the one named, or every one that has a record. Raises `ValueError` for one that has none"
     from rlcr_suite.core.records import records_dir
-    have = sorted(f.stem for f in Path(records_dir()).glob('*.json'))
+    have = sorted(f.stem for f in records_dir().glob('*.json'))
     if paper is None: return have
     if paper not in have and paper not in PAPERS: raise ValueError(f'no paper {paper!r}; there are {", ".join(sorted({*have, *PAPERS}))}')
     return [paper]
 
-def _read_claims(paper:str)->list:
+def _read_claims(paper:str)->list: # of `core.records.Claim`
     "The claims of a paper; none if it was never run"
     from rlcr_suite.core.records import read, records_dir
-    return list(read(paper)) if (Path(records_dir())/f'{paper}.json').exists() else []
+    return read(paper) if (records_dir()/f'{paper}.json').exists() else []
 
+# %% ../nbs/cli.ipynb #60fa499e
 @app.command(epilog=_examples('rlcr-suite claims', 'rlcr-suite claims rlcr', 'rlcr-suite claims rlcr --json > claims.json'))
 def claims(paper:Annotated[str|None, Argument(help='Which paper; all by default.')]=None,
            as_json:Annotated[bool, Option('--json', help='Print JSON for another program.')]=False):
     "Show what the papers claim, and whether it held here."
-    from rlcr_suite.core.records import records_dir
-    names = _papers(paper)
-    if as_json:
-        import json
-        files = {n: Path(records_dir())/f'{n}.json' for n in names}
-        print(json.dumps({n: json.loads(f.read_text()) for n, f in files.items() if f.exists()}, indent=1))
-        return
-    if not names: print('No paper has a record yet: rlcr-suite reproduce rlcr makes one.')
-    for n in names: _show_claims(n, _read_claims(n))
+    found = {p: _read_claims(p) for p in _papers(paper)}
+    if as_json: return _print_json(found)
+    if not found: print('No paper has a record yet: rlcr-suite reproduce rlcr makes one.')
+    for p, cs in found.items(): _show_claims(p, cs)
+
+def _print_json(found:dict[str, list])->None:
+    "Print claims for another program"
+    import json
+    from rlcr_suite.core.records import to_json
+    print(json.dumps({p: list(map(to_json, cs)) for p, cs in found.items()}, indent=1))
 
 def _show_claims(paper:str, claims:Sequence)->None:
     "Print the claims of a paper"
+    from rlcr_suite.core.records import table
     console = _console()
-    if not claims: return console.print(f'{paper}: no evidence yet; rlcr-suite reproduce {paper} makes it')
+    if not claims: return console.print(f'{paper}: no evidence yet; rlcr-suite reproduce {paper} makes it', soft_wrap=True)
     console.print(f'[bold]{paper}[/bold]: {sum(c.holds is True for c in claims)} of {len(claims)} claims hold')
-    console.print(_ledger(claims))
+    console.print(table(claims))
 
 # %% ../nbs/cli.ipynb #3c09c5ed
 NOTE = 'run.json' # says that a folder holds a run, and of what
@@ -211,15 +187,12 @@ def _write_note(root:Path, note:dict)->None:
     from rlcr_suite.core.data import atomic_write
     atomic_write(root/NOTE, json.dumps(note) + '\n')
 
-# %% ../nbs/cli.ipynb #2cc4aa1e
-def _checkout(start:Path|None=None # where to begin; the working folder by default
-             )->Path|None: # the checkout that contains it, if any
-    "The root of the project's checkout"
-    here = (start or Path.cwd()).resolve()
-    for d in (here, *here.parents):
-        f = d/'settings.ini'
-        if f.is_file() and 'lib_name = rlcr_suite' in f.read_text(): return d
-    return None
+# %% ../nbs/cli.ipynb #00934fb2
+def _pages_wanted(scale:str)->Path|None: # the checkout
+    "The checkout whose pages show what this run finds: one that the ledger belongs to. None for runs that decide nothing"
+    from rlcr_suite.core.records import checkout, records_dir
+    root = checkout()
+    return root if root and scale != 'test' and records_dir().resolve() == (root/'records').resolve() else None
 
 @contextmanager
 def _leaving_at_once(board:Board)->Iterator[None]:
@@ -234,7 +207,7 @@ def _leaving_at_once(board:Board)->Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGINT, old)
 
-# %% ../nbs/cli.ipynb #d4c1b3b6
+# %% ../nbs/cli.ipynb #070ea4a7
 def _rlcr_evidence(scale:str, root:Path, workers:int|None, fresh:bool): # `rlcr.experiment.Evidence`
     "Run the experiment of RLCR to its end, showing how it goes"
     from rlcr_suite.rlcr.experiment import collect, jobs, run
@@ -247,13 +220,13 @@ def _rlcr_evidence(scale:str, root:Path, workers:int|None, fresh:bool): # `rlcr.
     return collect(scale, root, note['seconds'] if 'went_on' in note else seconds)
 
 def _publish_rlcr(evidence, scale:str, root:Path)->list: # of `core.records.Claim`
-    "Write the evidence and the claims that it decides. A run at scale test stays out of the ledger"
+    "Write the evidence and the claims that it decides. Scale test, for tests, is too small to decide any: its evidence stays in the run's folder"
     from rlcr_suite.core.records import records_dir
     from rlcr_suite.rlcr.experiment import write_evidence
+    write_evidence(evidence, (root if scale == 'test' else records_dir())/'evidence'/'rlcr'/scale)
+    if scale == 'test': return []
     from rlcr_suite.rlcr.results import publish
-    ledger = root/'records' if scale == 'test' else Path(records_dir())
-    write_evidence(evidence, ledger/'evidence'/'rlcr'/scale)
-    return publish(evidence, *([ledger/'rlcr.json'] if scale == 'test' else []))
+    return publish(evidence)
 
 # %% ../nbs/cli.ipynb #669bd16b
 PAGES = {'rlcr': ('01_rlcr/10_results.ipynb', '01_rlcr/00_overview.ipynb', 'index.ipynb')} # in the order in which they read each other
@@ -291,7 +264,7 @@ def _cleaned(notebook:str)->str:
     clean_nb(nb)
     return nb2str(nb)
 
-# %% ../nbs/cli.ipynb #c0adb9e6
+# %% ../nbs/cli.ipynb #33ccfa7d
 def _execute_pages(paper:str, checkout:Path)->None:
     "Execute the pages that show a paper's results"
     for page in PAGES[paper]:
@@ -311,13 +284,13 @@ def reproduce(paper:Annotated[str|None, Argument(help='Which paper; all by defau
 
     A run that was stopped, by whatever means, goes on when the command is given again."""
     if paper is not None and paper not in PAPERS: raise ValueError(f'cannot reproduce {paper!r}; there are {", ".join(PAPERS)}')
-    checkout = _checkout() if notebooks and scale != 'test' else None
+    checkout = _pages_wanted(scale) if notebooks else None
     if checkout: _needs_notebooks()
     for p in [paper] if paper else PAPERS:
         root = out or (checkout or Path())/'runs'/p/scale
         found = _publish_rlcr(_rlcr_evidence(scale, root, workers, fresh), scale, root)
         if checkout: _execute_pages(p, checkout)
-        _show_claims(p, found)
+        if scale != 'test': _show_claims(p, found)
 
 # %% ../nbs/cli.ipynb #bb18bd95
 Kind = Literal['rlcr', 'rlvr', 'calibration', 'abstention']
@@ -375,7 +348,7 @@ def _settings(texts:Sequence[str])->dict[str, Any]:
         if key not in known: raise ValueError(f'GRPOConfig has no setting {key!r} to set{"; did you mean " + m[0] + "?" if (m := get_close_matches(key, known, 1)) else ""}')
     return found
 
-# %% ../nbs/cli.ipynb #d1c3bca1
+# %% ../nbs/cli.ipynb #12f9d0c4
 def _watching(board:Board): # `transformers.TrainerCallback`
     "A trainer callback that shows each step on the board"
     from transformers import TrainerCallback
@@ -388,8 +361,9 @@ def _watching(board:Board): # `transformers.TrainerCallback`
 
 def _quiet()->None:
     "Keep libraries from writing over the display"
-    import warnings
+    import datasets, warnings
     from transformers.utils import logging
+    datasets.disable_progress_bars()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings('ignore', module='(torch|transformers|trl|accelerate|peft)')

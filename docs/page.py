@@ -5,12 +5,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 import pypandoc, yaml
+from markupsafe import Markup
 import cells, figures
 from cells import Api, Code, Float, Html, Picture, Prose, Text
 
 HERE = Path(__file__).parent
 READER = 'markdown+autolink_bare_uris-latex_macros'
 DEPTH = 3  # of the table of contents
+
+def inline(text:str)->Markup:
+    "A title or subtitle, which nbdev keeps as one line of text: code and emphasis"
+    out = html.escape(text, quote=False)
+    for mark, tag in (('`', 'code'), (r'\*\*', 'strong'), (r'\*', 'em')): out = re.sub(rf'{mark}(\S(?:.*?\S)?){mark}', rf'<{tag}>\1</{tag}>', out)
+    return Markup(out)
 
 def fence(text:str, attrs:str)->str:
     "A fenced block around `text`, with more backticks than any line of it starts with"

@@ -10,7 +10,7 @@ from markupsafe import Markup
 import llms, names
 from cells import Api, Name
 from definitions import outline
-from page import HERE, Context, Page
+from page import HERE, Context, Page, inline
 
 @dataclass
 class Section:
@@ -97,6 +97,7 @@ class Website:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             results = pool.map(lambda p: p.render(self._context(p, index, documented), meta), self.pages.values())
         env = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE/'templates'), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        env.filters['inline'] = inline
         for p, (files, problems) in zip(self.pages.values(), results):
             self.problems += problems
             for name, data in files.items(): self._write(name, data)

@@ -1,5 +1,5 @@
 "The renderer of the site, piece by piece and on the small site in fixtures/site."
-import ast, json, os, re, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 pytest.importorskip('pypandoc'), pytest.importorskip('bs4')
@@ -120,6 +120,9 @@ def test_a_picture_becomes_a_file():
     w = Writer('stem')
     w.block(Picture(b'\x89PNG', 'png'))
     assert w.files == {'stem_files/figure-1.png': b'\x89PNG'}
+
+def test_titles_keep_their_code_and_emphasis():
+    assert page.inline('One `a<b` *and* **two** 2 * 3 * 4 & <i>') == 'One <code>a&lt;b</code> <em>and</em> <strong>two</strong> 2 * 3 * 4 &amp; &lt;i&gt;'
 
 # ---- figures.py ------------------------------------------------------------------------------------------------------
 SVG = '''<?xml version="1.0"?><!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd">
@@ -322,13 +325,7 @@ def test_quarto_is_used_where_it_is(tmp_path):
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(x.startswith(('.', '_')) for x in p.relative_to(ROOT/'nbs').parts))
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
-def test_imports_stand_in_cells_of_their_own(path:Path):
-    "Where the docs are made, nbdev runs every cell that holds an import, and none of the others that it may depend on"
-    for i, cell in enumerate(json.loads(path.read_text())['cells']):
-        source = ''.join(cell['source'])
-        if cell['cell_type'] != 'code' or re.search(r'^#\|\s*(exports?|exporti|exec_doc)\b', source, flags=re.M): continue
-        try: body = ast.parse(source).body
-        except SyntaxError: continue  # a magic
-        nodes = [n for b in body for n in ast.walk(b)]
-        has_import = any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes)
-        assert not (has_import and any(isinstance(n, (ast.Expr, ast.Assign)) for n in nodes)), f'cell {i} mixes imports with other code:\n{source}'
+def test_the_title_cell_holds_title_and_subtitle_alone(path:Path):
+    "nbdev turns that cell into the front matter of the page, and drops whatever else stands in it"
+    title = next(''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'markdown')
+    assert re.fullmatch(r'# \S.*\n+> \S.*\s*', title), title

@@ -131,11 +131,11 @@ def test_search_finds_a_formula_by_its_name(visit, address):
 
 def test_search_says_when_it_finds_nothing_and_closes(visit):
     tab = visit()
-    tab.click('#search')
+    tab.click('#page-search')
     tab.keyboard.insert_text('☃')
     tab.wait_for_function("document.querySelector('.hits').textContent.includes('Nothing found')")
     tab.keyboard.press('Escape')
-    assert not tab.locator('#finder').is_visible()
+    assert not tab.locator('#page-finder').is_visible()
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_the_theme_follows_the_system_then_the_reader(visit, scheme):
@@ -144,7 +144,7 @@ def test_the_theme_follows_the_system_then_the_reader(visit, scheme):
     light, dark = 'rgb(255, 255, 255)', 'rgb(18, 22, 29)'
     before, after = (light, dark) if scheme == 'light' else (dark, light)
     assert ground() == before
-    tab.click('#theme')
+    tab.click('#page-theme')
     assert ground() == after
     tab.reload()
     assert ground() == after, 'the choice is kept'
@@ -170,12 +170,12 @@ def test_code_can_be_copied(visit, browser):
 
 def test_the_menu_opens_on_a_phone(visit):
     tab = visit(SCORING, PHONE)
-    assert not tab.locator('.side').is_visible() and tab.get_attribute('#menu', 'aria-expanded') == 'false'
-    tab.click('#menu')
-    assert tab.locator('.side [aria-current=page]').is_visible() and tab.get_attribute('#menu', 'aria-expanded') == 'true'
+    assert not tab.locator('.side').is_visible() and tab.get_attribute('#page-menu', 'aria-expanded') == 'false'
+    tab.click('#page-menu')
+    assert tab.locator('.side [aria-current=page]').is_visible() and tab.get_attribute('#page-menu', 'aria-expanded') == 'true'
     tab.keyboard.press('Escape')
     assert not tab.locator('.side').is_visible()
-    tab.click('#menu')
+    tab.click('#page-menu')
     tab.click('.side a[href$="index.html"]')
     tab.wait_for_url('**/index.html')
 

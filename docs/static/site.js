@@ -5,7 +5,7 @@
   const root = document.currentScript.dataset.root;
 
   // ---- theme: the system's, until the reader chooses
-  $('#theme').onclick = () => {
+  $('#page-theme').onclick = () => {
     const html = document.documentElement;
     const dark = html.dataset.theme ? html.dataset.theme === 'dark' : matchMedia('(prefers-color-scheme: dark)').matches;
     html.dataset.theme = dark ? 'light' : 'dark';
@@ -13,7 +13,7 @@
   };
 
   // ---- menu on a narrow screen
-  const menu = $('#menu'), side = $('.side');
+  const menu = $('#page-menu'), side = $('.side');
   const showMenu = open => { side.classList.toggle('open', open); menu.setAttribute('aria-expanded', open); };
   menu.onclick = () => showMenu(!side.classList.contains('open'));
   addEventListener('keydown', e => { if (e.key === 'Escape' && side.classList.contains('open')) { showMenu(false); menu.focus(); } });
@@ -59,7 +59,7 @@
   }
 
   // ---- search: Pagefind, loaded when it is first needed
-  const finder = $('#finder'), box = finder.querySelector('input'), hits = finder.querySelector('.hits');
+  const finder = $('#page-finder'), box = finder.querySelector('input'), hits = finder.querySelector('.hits');
   let pagefind;
   const load = () => pagefind ??= import(new URL(root + 'pagefind/pagefind.js', location.href)).then(p => (p.init?.(), p));
   const open = () => {
@@ -85,7 +85,7 @@
     const pages = await Promise.all(found.results.slice(0, 10).map(r => r.data()));
     if (term === box.value.trim()) hits.replaceChildren(...(pages.length ? results(pages) : [make('p', {textContent: `Nothing found for “${term}”.`})]));
   };
-  $('#search').onclick = open;
+  $('#page-search').onclick = open;
   finder.onclick = e => { if (e.target === finder) finder.close(); };
   finder.querySelector('button').onclick = () => finder.close();
   finder.querySelector('form').onsubmit = e => { e.preventDefault(); hits.querySelector('a')?.click(); };

@@ -101,7 +101,7 @@ def test_links(link, target):
 def layer(module:str)->tuple[int, str]:
     "How high a module of the package stands, and the part it belongs to"
     part = (module.split('.') + [''])[1]
-    order = {'': 0, '__version__': 0, '_modidx': 0, 'core': 1, 'kernels': 2, 'cli': 4} | dict.fromkeys(PAPERS, 3)
+    order = {'': 0, '__init__': 0, '__version__': 0, '_modidx': 0, 'core': 1, 'kernels': 2, 'cli': 4} | dict.fromkeys(PAPERS, 3)
     assert part in order, f'{module} has no place in the order of imports'
     return order[part], part
 

@@ -40,9 +40,7 @@ def inline(svg:str, prefix:str, alt:str='')->str:
     width, height = _pixels(root.get('width')), _pixels(root.get('height'))
     if 'viewBox' not in root.attrib and width and height: root.set('viewBox', f'0 0 {width:g} {height:g}')
     for key in ('width', 'height'): root.attrib.pop(key, None)
-    if width:
-        root.set('width', f'{width:.0f}')  # the height follows from the view box
-        root.set('style', '; '.join(filter(None, [root.get('style'), f'--width: {width:.0f}px'])))
+    if width: root.set('width', f'{width:.0f}')  # the height follows from the view box
     root.set('role', 'img')
     root.set('aria-label', alt or 'Figure')
     etree.cleanup_namespaces(root)

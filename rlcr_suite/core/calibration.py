@@ -16,42 +16,49 @@ from .stats import Interval, bootstrap, middle, stream
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# %% ../../nbs/00_core/02_calibration.ipynb #bc1af11b
+# %% ../../nbs/00_core/02_calibration.ipynb #19907202
 def _conf(conf: Sequence[float]) -> np.ndarray:
     "Confidences as float64; `ValueError` unless they are 1-D, not empty, and in [0, 1]"
     q = np.asarray(conf, dtype=float)
     if q.ndim != 1: raise ValueError(f"conf must be one-dimensional, got shape {q.shape}")
     if not len(q): raise ValueError("conf is empty: at least one answer is needed")
-    if np.isnan(q).any(): raise ValueError(f"conf holds {np.isnan(q).sum()} NaN, the first at row {np.isnan(q).argmax()}")
-    if (bad := (q < 0) | (q > 1)).any(): raise ValueError(f"conf must lie in [0, 1], got {q[bad][0]:g} at row {bad.argmax()} (percentages are to be divided by 100)")
+    if np.isnan(q).any():
+        raise ValueError(f"conf holds {np.isnan(q).sum()} NaN, the first at row {np.isnan(q).argmax()}")
+    if (bad := (q < 0) | (q > 1)).any():
+        raise ValueError(f"conf must lie in [0, 1], got {q[bad][0]:g} at row {bad.argmax()}; "
+                         "percentages are to be divided by 100")
     return q
 
 def _pair(conf: Sequence[float], correct: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
     "Confidences and outcomes as float64; `ValueError` unless they are of one length and outcomes are 0 or 1"
     q, o = _conf(conf), np.asarray(correct, dtype=float)
     if o.shape != q.shape: raise ValueError(f"conf and correct must have one shape, got {q.shape} and {o.shape}")
-    if (bad := (o != 0) & (o != 1)).any(): raise ValueError(f"correct must hold 0 or 1 (or booleans), got {o[bad][0]:g} at row {bad.argmax()}")
+    if (bad := (o != 0) & (o != 1)).any():
+        raise ValueError(f"correct must hold 0 or 1 (or booleans), got {o[bad][0]:g} at row {bad.argmax()}")
     return q, o
 
-# %% ../../nbs/00_core/02_calibration.ipynb #233e4070
+# %% ../../nbs/00_core/02_calibration.ipynb #4dc13c41
 def brier(conf: Sequence[float], # (n,) stated confidence, in [0, 1]
           correct: Sequence[bool], # (n,) 0 or 1
          ) -> float: # in [0, 1], lower is better; always saying 1/2 earns 1/4
-    "Brier score, the mean squared error of a confidence (Brier 1950; @eq-brier). Raises `ValueError` for bad shapes and values."
+    """Brier score, the mean squared error of a confidence (Brier 1950; @eq-brier). Raises `ValueError` for bad shapes
+    and values."""
     q, o = _pair(conf, correct)
     return float(np.mean((q - o)**2))
 
 # %% ../../nbs/00_core/02_calibration.ipynb #cf2801b1
 EDGE = 2.**-24  # what lies this little below an edge is on it: twice float32's rounding of a number below 1
 
-# %% ../../nbs/00_core/02_calibration.ipynb #9b872367
+# %% ../../nbs/00_core/02_calibration.ipynb #0bc18ad9
 def bin_index(conf: Sequence[float], # (n,) in [0, 1]
               bins: int = 10, # how many
               by: str = 'width', # "width": equal widths; "mass": equal numbers of answers
              ) -> np.ndarray: # (n,) integers from 0; ties always share a bin, so with "mass" there may be fewer bins
-    "The bin of each confidence: lower edges belong to their bin, upper ones do not, except 1. Raises `ValueError` for bad values."
+    """The bin of each confidence: lower edges belong to their bin, upper ones do not, except 1. Raises `ValueError` for
+    bad values."""
     q = _conf(conf)
-    if isinstance(bins, bool) or not isinstance(bins, (int, np.integer)) or bins < 1: raise ValueError(f"bins must be a positive integer, got {bins!r}")
+    if isinstance(bins, bool) or not isinstance(bins, (int, np.integer)) or bins < 1:
+        raise ValueError(f"bins must be a positive integer, got {bins!r}")
     inner = np.arange(1, bins)/bins  # a quotient is rounded once: 3/10 == 0.3
     if by == 'mass': inner = np.unique(np.quantile(q, inner))
     elif by != 'width': raise ValueError(f"by must be 'width' or 'mass', got {by!r}")
@@ -72,19 +79,21 @@ class Murphy:
         "reliability - resolution + uncertainty + within_variance - within_covariance"
         return self.reliability - self.resolution + self.uncertainty + self.within_variance - self.within_covariance
 
-# %% ../../nbs/00_core/02_calibration.ipynb #34d077a2
+# %% ../../nbs/00_core/02_calibration.ipynb #db96476b
 def murphy(conf: Sequence[float], # (n,) stated confidence, in [0, 1]
            correct: Sequence[bool], # (n,) 0 or 1
            bins: int | None = None, # None: group by distinct value; else that many bins, and the terms within bins are reported
            by: str = 'width', # how bins are made, see `bin_index`
           ) -> Murphy:
-    "Murphy's decomposition of the Brier score (Murphy 1973; @eq-murphy), with the terms within bins (Stephenson et al. 2008; @eq-within)."
+    """Murphy's decomposition of the Brier score (Murphy 1973; @eq-murphy), with the terms within bins (Stephenson et
+    al. 2008; @eq-within)."""
     q, o = _pair(conf, correct)
     group = np.unique(q, return_inverse=True)[1] if bins is None else bin_index(q, bins, by)
     size = np.maximum(np.bincount(group), 1)
     mean_q, mean_o = (np.bincount(group, v)/size for v in (q, o))
     dq, do, base = q - mean_q[group], o - mean_o[group], o.mean()
-    return Murphy(*map(float, (np.mean((mean_q - mean_o)[group]**2), np.mean((mean_o[group] - base)**2), base*(1 - base), np.mean(dq**2), 2*np.mean(dq*do))))
+    reliability, resolution = np.mean((mean_q - mean_o)[group]**2), np.mean((mean_o[group] - base)**2)
+    return Murphy(*map(float, (reliability, resolution, base*(1 - base), np.mean(dq**2), 2*np.mean(dq*do))))
 
 # %% ../../nbs/00_core/02_calibration.ipynb #52a5d1f7
 def ece(conf: Sequence[float], # (n,) stated confidence, in [0, 1]
@@ -96,7 +105,7 @@ def ece(conf: Sequence[float], # (n,) stated confidence, in [0, 1]
     q, o = _pair(conf, correct)
     return float(abs(np.bincount(bin_index(q, bins, by), q - o)).sum()/len(q))
 
-# %% ../../nbs/00_core/02_calibration.ipynb #bf720115
+# %% ../../nbs/00_core/02_calibration.ipynb #c9ebf982
 def ece_null(conf: Sequence[float], # (n,) stated confidence, in [0, 1]
              bins: int = 10, # as for `ece`
              by: str = 'width', # as for `ece`
@@ -104,7 +113,8 @@ def ece_null(conf: Sequence[float], # (n,) stated confidence, in [0, 1]
              level: float = .95, # of the range
              seed: int = 0, # of the simulation
             ) -> Interval: # the mean, and the range of the middle `level` of the simulated errors
-    "The ECE that a perfectly calibrated model with these confidences would show: outcomes are drawn as it says (@eq-null). Raises `ValueError` for bad values."
+    """The ECE that a perfectly calibrated model with these confidences would show: outcomes are drawn as it says
+    (@eq-null). Raises `ValueError` for bad values."""
     q = _conf(conf)
     if not 0 < level < 1: raise ValueError(f"level must lie in (0, 1), got {level}")
     if n_sim < 1: raise ValueError(f"n_sim must be at least 1, got {n_sim}")
@@ -114,18 +124,19 @@ def ece_null(conf: Sequence[float], # (n,) stated confidence, in [0, 1]
     null = np.concatenate([abs((q - (u < q)) @ member).sum(1)/len(q) for u in draws])
     return Interval(float(null.mean()), *middle(null, level), len(q), level=level)
 
-# %% ../../nbs/00_core/02_calibration.ipynb #da8000d4
+# %% ../../nbs/00_core/02_calibration.ipynb #2c3724b9
 def auroc(conf: Sequence[float], # (n,) stated confidence, in [0, 1]
           correct: Sequence[bool], # (n,) 0 or 1
          ) -> float: # in [0, 1], 1/2 for confidences that say nothing; NaN when all answers are right or all wrong
-    "Probability that a right answer carries a higher confidence than a wrong one (@eq-auroc). Raises `ValueError` for bad shapes and values."
+    """Probability that a right answer carries a higher confidence than a wrong one (@eq-auroc). Raises `ValueError` for
+    bad shapes and values."""
     q, o = _pair(conf, correct)
     hit, miss = q[o == 1], np.sort(q[o == 0])
     if not len(hit) or not len(miss): return float('nan')
     below = np.searchsorted(miss, hit, side='left') + np.searchsorted(miss, hit, side='right')
     return float(below.sum()/(2*len(hit)*len(miss)))
 
-# %% ../../nbs/00_core/02_calibration.ipynb #cc6e423e
+# %% ../../nbs/00_core/02_calibration.ipynb #50cfcceb
 def summary(conf: Sequence[float], # (n,) stated confidence, in [0, 1]
             correct: Sequence[bool], # (n,) 0 or 1
             bins: int = 10, # for ECE, reliability and resolution
@@ -133,15 +144,17 @@ def summary(conf: Sequence[float], # (n,) stated confidence, in [0, 1]
             n_boot: int = 1000, # resamples, and simulations of the null
             level: float = .95, # nominal coverage
             seed: int = 0, # the same seed gives the same intervals
-            cluster: Sequence[Hashable] | None = None, # (n,) labels of answers that belong together, such as samples of one question
+            cluster: Sequence[Hashable] | None = None, # (n,) labels of answers that belong together
            ) -> dict[str, Interval]: # accuracy, confidence, brier, reliability, resolution, uncertainty, ece, ece_null, auroc
-    "Every score of this module with its bootstrap interval; `ece_null` has its simulated range. Raises `ValueError` for bad shapes and values."
+    """Every score of this module with its bootstrap interval; `ece_null` has its simulated range. Raises `ValueError`
+    for bad shapes and values."""
     q, o = _pair(conf, correct)
     parts = {k: (lambda q, o, k=k: getattr(murphy(q, o, bins, by), k)) for k in ('reliability', 'resolution', 'uncertainty')}
     scores = {'accuracy': lambda q, o: o.mean(), 'confidence': lambda q, o: q.mean(), 'brier': brier} | parts
     scores |= {'ece': lambda q, o: ece(q, o, bins, by), 'ece_null': None, 'auroc': auroc}
     null = ece_null(q, bins, by, n_sim=n_boot, level=level, seed=seed)
-    return {k: bootstrap(f, q, o, n_boot=n_boot, level=level, seed=seed, cluster=cluster) if f else null for k, f in scores.items()}
+    kwargs = dict(n_boot=n_boot, level=level, seed=seed, cluster=cluster)
+    return {k: bootstrap(f, q, o, **kwargs) if f else null for k, f in scores.items()}
 
 # %% ../../nbs/00_core/02_calibration.ipynb #39c13d73
 @dataclass(frozen=True)
@@ -172,8 +185,9 @@ def reliability(conf: Sequence[float], # (n,) stated confidence, in [0, 1]
     n, right = np.bincount(group), np.bincount(group, o)
     return Reliability(np.bincount(group, q)/n, right/n, *_wilson(right, n, level), n)
 
-# %% ../../nbs/00_core/02_calibration.ipynb #1f8ebf53
-def _null_band(conf: np.ndarray, bins: int, by: str, level: float, seed: int, n_sim: int = 500) -> tuple[np.ndarray, np.ndarray]: # (K,) each
+# %% ../../nbs/00_core/02_calibration.ipynb #1d9de25f
+def _null_band(conf: np.ndarray, bins: int, by: str, level: float, seed: int, n_sim: int = 500,
+              ) -> tuple[np.ndarray, np.ndarray]: # (K,) lower and upper edges
     "Where the accuracy of every bin that holds answers would lie, were the model calibrated"
     group = np.unique(bin_index(conf, bins, by), return_inverse=True)[1]
     rng = stream(seed, 'null band')
@@ -183,9 +197,10 @@ def _null_band(conf: np.ndarray, bins: int, by: str, level: float, seed: int, n_
 def _draw_counts(ax: "Axes", conf: np.ndarray, colour: str) -> None:
     "How many answers state what, as bars at the bottom tenth of the axes"
     n = np.histogram(conf, np.linspace(0, 1, 41))[0]
-    ax.bar((np.arange(40) + .5)/40, .1*n/n.max(), width=.02, color=colour, alpha=.45, linewidth=0, transform=ax.get_xaxis_transform())
+    ax.bar((np.arange(40) + .5)/40, .1*n/n.max(), width=.02, color=colour, alpha=.45, linewidth=0,
+           transform=ax.get_xaxis_transform())
 
-# %% ../../nbs/00_core/02_calibration.ipynb #f6a04f0a
+# %% ../../nbs/00_core/02_calibration.ipynb #8476a324
 def reliability_diagram(conf: Sequence[float], # (n,) stated confidence, in [0, 1]
                         correct: Sequence[bool], # (n,) 0 or 1
                         ax: "Axes | None" = None, # where to draw; None: a new square figure
@@ -196,7 +211,8 @@ def reliability_diagram(conf: Sequence[float], # (n,) stated confidence, in [0, 
                         level: float = .95, # of intervals and band
                         seed: int = 0, # of the band and the null
                        ) -> "Axes":
-    "Draw the reliability diagram with its null band, and ECE (beside its null) and Brier written in. Raises `ValueError` for bad shapes and values."
+    """Draw the reliability diagram with its null band, and ECE (beside its null) and Brier written in. Raises
+    `ValueError` for bad shapes and values."""
     import matplotlib.pyplot as plt
     from rlcr_suite.core.plots import COLORS, color as known, ROLES
     q, o = _pair(conf, correct)
@@ -208,6 +224,8 @@ def reliability_diagram(conf: Sequence[float], # (n,) stated confidence, in [0, 
     ax.errorbar(r.conf, r.acc, [r.acc - r.low, r.high - r.acc], fmt='o-', color=colour, ms=5, lw=1.4, elinewidth=1)
     _draw_counts(ax, q, colour)
     null = ece_null(q, bins, by, n_sim=500, level=level, seed=seed)
-    ax.text(.04, .96, f'ECE {ece(q, o, bins, by):.3f} (null {null.value:.3f})\nBrier {brier(q, o):.3f}', transform=ax.transAxes, va='top', fontsize=8.5)
-    ax.set(xlim=(0, 1), ylim=(0, 1), aspect='equal', xlabel='stated confidence', ylabel='share of right answers', title=label or '')
+    said = f'ECE {ece(q, o, bins, by):.3f} (null {null.value:.3f})\nBrier {brier(q, o):.3f}'
+    ax.text(.04, .96, said, transform=ax.transAxes, va='top', fontsize=8.5)
+    ax.set(xlim=(0, 1), ylim=(0, 1), aspect='equal', title=label or '',
+           xlabel='stated confidence', ylabel='share of right answers')
     return ax

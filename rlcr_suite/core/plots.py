@@ -47,10 +47,11 @@ ROLES = {'rlcr': 'blue', 'rlvr': 'orange', 'base': 'grey', 'bayes': 'green', 'sf
          'weighted': 'blue', 'majority': 'orange', 'max_confidence': 'pink', 'ensemble': 'purple',
          'ours': 'blue', 'paper': 'pink', 'ideal': 'grey', 'null': 'green', 'ink': 'ink'}
 
-# %% ../../nbs/00_core/03_plots.ipynb #49a48384
+# %% ../../nbs/00_core/03_plots.ipynb #67fba9d4
 def color(name: str, # a role ("rlcr", "bayes", "SFT+RLCR", ...) or a hue ("blue", ...); case, spaces, "-" and "+" do not matter
          ) -> str: # a colour as "#rrggbb"
-    "The colour of a thing, the same on every page. Raises `ValueError` for a name that is in neither `ROLES` nor `COLORS`."
+    """The colour of a thing, the same on every page. Raises `ValueError` for a name that is in neither `ROLES` nor
+    `COLORS`."""
     key = name.lower()
     for sep in ' -+': key = key.replace(sep, '_')
     hue = ROLES.get(key, key)
@@ -58,19 +59,22 @@ def color(name: str, # a role ("rlcr", "bayes", "SFT+RLCR", ...) or a hue ("blue
     if hue not in COLORS: raise ValueError(f"no colour for {name!r}; known: {', '.join(sorted(ROLES | COLORS))}")
     return COLORS[hue]
 
-# %% ../../nbs/00_core/03_plots.ipynb #6c8e1cb3
+# %% ../../nbs/00_core/03_plots.ipynb #ff2566ce
 METADATA = {'Date': None, 'Creator': None}  # what would make two equal figures differ
 
 def rc() -> dict[str, Any]: # for matplotlib's rcParams
     "The suite's settings of matplotlib, as a new dictionary."
     from cycler import cycler
-    ink = dict.fromkeys(('text.color', 'axes.labelcolor', 'axes.edgecolor', 'axes.titlecolor', 'xtick.color', 'ytick.color', 'grid.color'), INK)
+    ink = dict.fromkeys(('text.color', 'axes.labelcolor', 'axes.edgecolor', 'axes.titlecolor', 'xtick.color', 'ytick.color',
+                         'grid.color'), INK)
     clear = dict.fromkeys(('figure.facecolor', 'axes.facecolor', 'savefig.facecolor'), 'none')
     return ink | clear | {
-        'axes.prop_cycle': cycler(color=list(COLORS.values())), 'lines.linewidth': 1.8, 'patch.linewidth': 0, 'lines.markersize': 4.5,
+        'axes.prop_cycle': cycler(color=list(COLORS.values())),
+        'lines.linewidth': 1.8, 'patch.linewidth': 0, 'lines.markersize': 4.5,
         'font.family': ['sans-serif'], 'font.sans-serif': ['DejaVu Sans'], 'font.size': 9.5, 'mathtext.fontset': 'dejavusans',
         'axes.titlesize': 10, 'axes.titlelocation': 'left', 'axes.labelsize': 9.5, 'xtick.labelsize': 8.5, 'ytick.labelsize': 8.5,
-        'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .8, 'axes.grid': False, 'grid.alpha': .25, 'grid.linewidth': .6,
+        'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .8,
+        'axes.grid': False, 'grid.alpha': .25, 'grid.linewidth': .6,
         'legend.frameon': False, 'figure.figsize': (6.4, 3.5), 'figure.dpi': 100, 'figure.constrained_layout.use': True,
         'savefig.transparent': True, 'savefig.bbox': 'tight', 'svg.hashsalt': 'rlcr-suite', 'svg.fonttype': 'none'}
 
@@ -91,21 +95,22 @@ def use_style() -> None:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
         set_matplotlib_formats('svg', metadata=METADATA)
 
-# %% ../../nbs/00_core/03_plots.ipynb #7ae1c6dc
+# %% ../../nbs/00_core/03_plots.ipynb #e895cf19
 def save(fig: "Figure", # what to write
-         path: str | Path | BinaryIO, # a file name or an open binary file; the format follows the name's end, SVG for a file object
+         path: str | Path | BinaryIO, # a file name, whose end is the format, or a binary file, for SVG
          **kwargs, # passed to `Figure.savefig`
         ) -> None:
     "Write a figure in the suite's style, with no date and no version in it: equal figures are equal files."
     fmt = kwargs.pop('format', None) or (Path(path).suffix[1:] if isinstance(path, (str, Path)) else 'svg')
     with style(): fig.savefig(path, format=fmt, metadata=METADATA if fmt == 'svg' else None, **kwargs)
 
-# %% ../../nbs/00_core/03_plots.ipynb #1013b704
+# %% ../../nbs/00_core/03_plots.ipynb #5c30fc2f
 def spread(y: Sequence[float], # where the labels belong, in any order
            gap: float, # least distance between two of them, same unit
            low: float = -np.inf, # none below
           ) -> np.ndarray: # where to put them, in the order of `y`
-    "The closest positions, in least squares, that lie at least `gap` apart, keep their order (@eq-spread), and are not below `low`."
+    """The closest positions, in least squares, that lie at least `gap` apart, keep their order (@eq-spread), and are
+    not below `low`."""
     from scipy.optimize import isotonic_regression
     y = np.asarray(y, dtype=float)
     order = np.argsort(y, kind='stable')
@@ -121,15 +126,17 @@ def _end(line: "Line2D") -> np.ndarray: # (x, y) in data coordinates
     xy = xy[np.isfinite(xy).all(axis=1)]
     return xy[-1] if len(xy) else np.full(2, np.nan)
 
-# %% ../../nbs/00_core/03_plots.ipynb #a5cb1bac
+# %% ../../nbs/00_core/03_plots.ipynb #8ea91553
 def label_lines(ax: "Axes", # a plot whose lines carry a `label`
                 lines: "Sequence[Line2D] | None" = None, # which lines; None: all that have a label
                 gap: float = 1.25, # least distance between two labels, in heights of the text
                 pad: float = 6, # from the end of the line to the text, in points
                 **text, # passed to `Axes.annotate`, such as `fontsize`
                ) -> "list[Annotation]":
-    "Label lines at their right ends instead of by a legend, without overlaps. Call it last: it reads the limits of the axes."
-    lines = [l for l in (ax.get_lines() if lines is None else lines) if not l.get_label().startswith('_') and np.isfinite(_end(l)).all()]
+    """Label lines at their right ends instead of by a legend, without overlaps. Call it last: it reads the limits of
+    the axes."""
+    lines = ax.get_lines() if lines is None else lines
+    lines = [l for l in lines if not l.get_label().startswith('_') and np.isfinite(_end(l)).all()]
     if not lines: return []
     ax.figure.draw_without_rendering()  # settles the limits and the layout
     from matplotlib.font_manager import FontProperties
@@ -137,8 +144,9 @@ def label_lines(ax: "Axes", # a plot whose lines carry a `label`
     ends = np.array([_end(l) for l in lines])
     y = np.array([l.get_transform().transform(e)[1] for l, e in zip(lines, ends)])*72/ax.figure.dpi  # pixels to points
     move = spread(y, gap*points, low=ax.bbox.y0*72/ax.figure.dpi + .6*points) - y  # clear of the axis below
-    return [ax.annotate(l.get_label(), e, xytext=(pad, dy), xycoords=l.get_transform(), textcoords='offset points', annotation_clip=False,
-                        **{'color': l.get_color(), 'va': 'center', 'ha': 'left'} | text) for l, e, dy in zip(lines, ends, move)]
+    look = dict(textcoords='offset points', annotation_clip=False, va='center', ha='left') | text
+    return [ax.annotate(l.get_label(), e, xytext=(pad, dy), xycoords=l.get_transform(), **{'color': l.get_color()} | look)
+            for l, e, dy in zip(lines, ends, move)]
 
 # %% ../../nbs/00_core/03_plots.ipynb #a0248d93
 def _cost(ax: "Axes", note: "Annotation") -> tuple[bool, int, int]: # outside the axes, labels met, points of lines covered
@@ -150,7 +158,7 @@ def _cost(ax: "Axes", note: "Annotation") -> tuple[bool, int, int]: # outside th
     paths = [l.get_transform().transform_path(l.get_path()).interpolated(12) for l in ax.get_lines()]
     return not inside, met, sum(int(box.count_contains(p.vertices)) for p in paths if len(p.vertices))
 
-# %% ../../nbs/00_core/03_plots.ipynb #f326c633
+# %% ../../nbs/00_core/03_plots.ipynb #708fbc46
 def label_line(ax: "Axes", # the plot
                line: "Line2D", # which line
                label: str | None = None, # the text; None: the line's own label
@@ -158,7 +166,8 @@ def label_line(ax: "Axes", # the plot
                pad: float = 4, # from the line to the text, in points
                **text, # passed to `Axes.annotate`
               ) -> "Annotation":
-    "Label one line beside itself, where the text is within the axes and overlaps least. Raises `ValueError` for a line without points."
+    """Label one line beside itself, where the text is within the axes and overlaps least. Raises `ValueError` for a
+    line without points."""
     xs, ys = (np.asarray(v, dtype=float) for v in line.get_data(orig=False))
     keep = np.isfinite(xs) & np.isfinite(ys)
     if not keep.any(): raise ValueError("label_line: the line has no finite point")

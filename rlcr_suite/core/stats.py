@@ -36,11 +36,12 @@ class Interval:
 
     def __str__(self) -> str: return format(self)
 
-# %% ../../nbs/00_core/01_stats.ipynb #1d28fb95
+# %% ../../nbs/00_core/01_stats.ipynb #0d1834c2
 def stream(seed: int, # not negative; the same seed gives the same numbers
            name: str, # what they are for
           ) -> np.random.Generator:
-    "A random generator for one purpose, independent of `default_rng(seed)` and of streams of other names. Raises `ValueError` for a negative seed."
+    """A random generator for one purpose, independent of `default_rng(seed)` and of streams of other names. Raises
+    `ValueError` for a negative seed."""
     if seed < 0: raise ValueError(f"a seed must not be negative, got {seed}")
     return np.random.default_rng([int(seed), *name.encode()])
 
@@ -83,17 +84,18 @@ def _quantiles(again: np.ndarray, level: float) -> tuple[float, float]:
     if len(defined) < MIN_DEFINED*len(again): return np.nan, np.nan
     return middle(defined, level)
 
-# %% ../../nbs/00_core/01_stats.ipynb #0a003b0e
+# %% ../../nbs/00_core/01_stats.ipynb #5eb78f57
 def bootstrap(stat: Callable[..., float], # the score, a function of as many arrays as are given
               *arrays: Sequence, # one row a question each, all of one length n; rows are drawn together
               n_boot: int = 2000, # resamples
               level: float = .95, # nominal coverage
               seed: int = 0, # the same seed gives the same interval
-              cluster: Sequence[Hashable] | None = None, # (n,) labels: rows of one label are drawn as a whole; None: every row on its own
+              cluster: Sequence[Hashable] | None = None, # (n,) labels: rows of one label are drawn as a whole
               method: str = 'bca', # "bca" (Efron 1987) or "percentile"
              ) -> Interval: # `n` counts rows, or clusters
-    """Bootstrap interval of a score over questions (@eq-resample, @eq-bca). Falls back to percentiles where BCa is undefined, and to
-    NaN ends where the score is undefined in more than 5% of the resamples. Raises `ValueError` for bad shapes, levels and methods."""
+    """Bootstrap interval of a score over questions (@eq-resample, @eq-bca). Falls back to percentiles where BCa is
+    undefined, and to NaN ends where the score is undefined in more than 5% of the resamples. Raises `ValueError` for
+    bad shapes, levels and methods."""
     from scipy.stats import bootstrap as scipy_bootstrap
     names = {'bca': 'BCa', 'percentile': 'percentile'}
     if method not in names: raise ValueError(f"method must be 'bca' or 'percentile', got {method!r}")
@@ -114,7 +116,7 @@ def bootstrap(stat: Callable[..., float], # the score, a function of as many arr
     if not np.isfinite([low, high]).all(): low, high = _quantiles(found.bootstrap_distribution, level)
     return Interval(float(stat(*arrays)), low, high, n, level=level)
 
-# %% ../../nbs/00_core/01_stats.ipynb #9646520b
+# %% ../../nbs/00_core/01_stats.ipynb #29c1ff26
 def _tuple(x: Sequence | tuple) -> tuple:
     "A lone array as a tuple of one"
     return x if isinstance(x, tuple) else (x,)
@@ -124,20 +126,38 @@ def paired_bootstrap(stat: Callable[..., float], # the score, a function of the 
                      b: tuple[Sequence, ...], # the same of method B, over the same questions in the same order
                      **kwargs, # `n_boot`, `level`, `seed`, `cluster`, `method`, as for `bootstrap`
                     ) -> Interval:
-    "Bootstrap interval of `stat(*a) - stat(*b)` over questions that both answered (@eq-paired). Raises `ValueError` for bad shapes."
+    """Bootstrap interval of `stat(*a) - stat(*b)` over questions that both answered (@eq-paired). Raises `ValueError`
+    for bad shapes."""
     a, b = _tuple(a), _tuple(b)
     return bootstrap(lambda *x: stat(*x[:len(a)]) - stat(*x[len(a):]), *a, *b, **kwargs)
 
-# %% ../../nbs/00_core/01_stats.ipynb #5086e53b
+# %% ../../nbs/00_core/01_stats.ipynb #ce74fc12
 def _grid(arrays: tuple[Sequence, ...], name: str) -> tuple[np.ndarray, ...]:
     "Arrays of shape (seeds, n); `ValueError` otherwise"
     arrays = tuple(np.asarray(x) for x in _tuple(arrays))
     shapes = [x.shape for x in arrays]
-    if len(set(shapes)) > 1 or any(len(s) != 2 for s in shapes): raise ValueError(f"{name}: arrays of one shape (seeds, n) are needed, got {shapes}")
+    if len(set(shapes)) > 1 or any(len(s) != 2 for s in shapes):
+        raise ValueError(f"{name}: arrays of one shape (seeds, n) are needed, got {shapes}")
     S, n = shapes[0]
-    if S < 2: raise ValueError(f"{name}: at least 2 seeds are needed to see how runs differ, got {S}; for one run use `bootstrap`")
+    if S < 2:
+        raise ValueError(f"{name}: at least 2 seeds are needed to see how runs differ, got {S}; for one run use `bootstrap`")
     if n < 2: raise ValueError(f"{name}: at least 2 questions are needed to resample, got {n}")
     return arrays
+
+def _arms(a: tuple, b: tuple | None, paired_seeds: bool) -> list[tuple[np.ndarray, ...]]: # one or two
+    "The methods' arrays; `ValueError` when they cannot be compared"
+    arms = [_grid(x, name) for x, name in ((a, 'a'), (b, 'b')) if x is not None]
+    shapes = [x[0].shape for x in arms]
+    if len({n for _, n in shapes}) > 1: raise ValueError(f"a and b must answer the same questions, got shapes {shapes}")
+    if paired_seeds and len({S for S, _ in shapes}) > 1:
+        raise ValueError(f"paired seeds need as many runs of a as of b, got shapes {shapes}")
+    return arms
+
+def _draw_runs(rng: np.random.Generator, arms: list[tuple[np.ndarray, ...]], paired_seeds: bool) -> list[np.ndarray]:
+    "Runs drawn with replacement, one array an arm; the same for both where runs are paired"
+    sizes = [len(arm[0]) for arm in arms]
+    if paired_seeds: return [rng.integers(sizes[0], size=sizes[0])]*len(arms)
+    return [rng.integers(S, size=S) for S in sizes]
 
 def _per_seed(stat: Callable[..., float], arrays: tuple[np.ndarray, ...], rows=slice(None)) -> np.ndarray: # (seeds,)
     "The score of every run, on the given questions"
@@ -154,46 +174,39 @@ def _t_interval(scores: np.ndarray, # (seeds,) or two of them, of runs that are 
     if total == 0: return 0.
     return float(t.ppf((1 + level)/2, total**2/sum(v**2/df for v, df in parts))*total**.5)
 
-# %% ../../nbs/00_core/01_stats.ipynb #8e853c22
+# %% ../../nbs/00_core/01_stats.ipynb #9355ecfe
 def seed_bootstrap(stat: Callable[..., float], # the score of one run, a function of 1-D arrays
                    a: tuple[Sequence, ...], # arrays of method A, each (seeds, n): run by question; a lone array is a tuple of one
-                   b: tuple[Sequence, ...] | None = None, # the same of method B on the same questions: the difference A - B is wanted
+                   b: tuple[Sequence, ...] | None = None, # of method B on the same questions: A - B is wanted
                    n_boot: int = 2000, # resamples
                    level: float = .95, # nominal coverage
                    seed: int = 0, # of the resampling
-                   method: str = 't', # "t" adds variances, right for few seeds; "resample" draws runs and questions, for ten seeds or more
+                   method: str = 't', # "t" adds variances, for few seeds; "resample" draws runs too, for ten or more
                    paired_seeds: bool = True, # run s of A and run s of B share their start; False: they have nothing in common
                   ) -> Interval:
-    """Interval of the mean score over seeds *and* questions (@eq-seeds), or of the difference of two methods. NaN ends where the score is
-    undefined in more than 5% of the resamples. Raises `ValueError` for fewer than 2 seeds, bad shapes and methods."""
+    """Interval of the mean score over seeds *and* questions (@eq-seeds), or of the difference of two methods. NaN ends
+    where the score is undefined in more than 5% of the resamples. Raises `ValueError` for fewer than 2 seeds, bad
+    shapes and methods."""
     if method not in ('t', 'resample'): raise ValueError(f"method must be 't' or 'resample', got {method!r}")
     _check(level, n_boot)
-    arms = [_grid(x, name) for x, name in ((a, 'a'), (b, 'b')) if x is not None]
-    sizes = [x[0].shape for x in arms]
-    if len({n for _, n in sizes}) > 1: raise ValueError(f"a and b must answer the same questions, got shapes {sizes}")
-    if paired_seeds and len({s for s, _ in sizes}) > 1: raise ValueError(f"paired seeds need as many runs of a as of b, got shapes {sizes}")
-    n, rng = sizes[0][1], stream(seed, 'seed_bootstrap')
-    sign = np.array([1., -1.])[:len(arms)]
+    arms = _arms(a, b, paired_seeds)
+    n, rng, sign = arms[0][0].shape[1], stream(seed, 'seed_bootstrap'), np.array([1., -1.])[:len(arms)]
 
-    def draw_runs():
-        first = rng.integers(sizes[0][0], size=sizes[0][0])
-        return [first if i == 0 or paired_seeds else rng.integers(s, size=s) for i, (s, _) in enumerate(sizes)]
-    def mean(per_seed): return float(sign @ [s.mean() for s in per_seed])
-    def again():
+    def again(): # the score of one resample
         rows = rng.integers(n, size=n)
-        runs = draw_runs() if method == 'resample' else [slice(None)]*len(arms)
-        return mean([_per_seed(stat, tuple(x[r] for x in arm), rows) for arm, r in zip(arms, runs)])
+        runs = _draw_runs(rng, arms, paired_seeds) if method == 'resample' else [slice(None)]*len(arms)
+        return sign @ [_per_seed(stat, tuple(x[r] for x in arm), rows).mean() for arm, r in zip(arms, runs)]
 
     scores = [_per_seed(stat, arm) for arm in arms]
-    value, resampled = mean(scores), np.array([again() for _ in range(n_boot)])
+    value, resampled = float(sign @ [s.mean() for s in scores]), np.array([again() for _ in range(n_boot)])
     low, high = _quantiles(resampled, level)
     if method == 't' and np.isfinite([value, low]).all():
         runs = [scores[0] - scores[1]] if len(arms) == 2 and paired_seeds else scores
         half = _t_interval(runs, resampled, n, level)
         low, high = value - half, value + half
-    return Interval(value, low, high, n, seeds=min(s for s, _ in sizes), level=level)
+    return Interval(value, low, high, n, seeds=min(map(len, scores)), level=level)
 
-# %% ../../nbs/00_core/01_stats.ipynb #725db200
+# %% ../../nbs/00_core/01_stats.ipynb #5b22c6d8
 def paired_permutation(a: tuple[Sequence, ...], # arrays of method A, one row a question; a lone array is a tuple of one
                        b: tuple[Sequence, ...], # the same of method B, over the same questions in the same order
                        stat: Callable[..., float] = np.mean, # the score, a function of the arrays of one method
@@ -201,7 +214,8 @@ def paired_permutation(a: tuple[Sequence, ...], # arrays of method A, one row a 
                        alternative: str = 'two-sided', # or "less", "greater": what A - B is suspected to be
                        seed: int = 0, # the same seed gives the same p-value
                       ) -> float: # p-value in (0, 1]
-    "Paired permutation test of `stat(*a) - stat(*b)`, swapping A and B question by question (@eq-permutation). Raises `ValueError` for bad shapes."
+    """Paired permutation test of `stat(*a) - stat(*b)`, swapping A and B question by question (@eq-permutation). Raises
+    `ValueError` for bad shapes."""
     from scipy.stats import permutation_test
     a, b = _tuple(a), _tuple(b)
     if len(a) != len(b): raise ValueError(f"a and b need as many arrays as each other, got {len(a)} and {len(b)}")
@@ -209,5 +223,6 @@ def paired_permutation(a: tuple[Sequence, ...], # arrays of method A, one row a 
     both = [np.concatenate([np.asarray(x), np.asarray(y)]) for x, y in zip(a, b)]
     n = len(both[0])//2
     difference = lambda i, j: float(stat(*(x[i] for x in both)) - stat(*(x[j] for x in both)))
-    return float(permutation_test((np.arange(n), np.arange(n) + n), difference, permutation_type='samples', vectorized=False, n_resamples=n_perm,
-                                  alternative=alternative, rng=stream(seed, 'permutation')).pvalue)
+    return float(permutation_test((np.arange(n), np.arange(n) + n), difference, permutation_type='samples',
+                                  vectorized=False, n_resamples=n_perm, alternative=alternative,
+                                  rng=stream(seed, 'permutation')).pvalue)

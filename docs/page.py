@@ -15,9 +15,11 @@ DEPTH = 3  # of the table of contents
 
 def inline(text:str)->Markup:
     "A title or subtitle, which nbdev keeps as one line of text: code and emphasis"
-    out = html.escape(text, quote=False)
-    for mark, tag in (('`', 'code'), (r'\*\*', 'strong'), (r'\*', 'em')): out = re.sub(rf'{mark}(\S(?:.*?\S)?){mark}', rf'<{tag}>\1</{tag}>', out)
-    return Markup(out)
+    parts = re.split(r'`([^`]+)`', html.escape(text, quote=False))  # text, code, text, code, ...
+    for i in range(0, len(parts), 2):
+        for mark, tag in ((r'\*\*', 'strong'), (r'\*', 'em')):
+            parts[i] = re.sub(rf'{mark}(\S(?:.*?\S)?){mark}', rf'<{tag}>\1</{tag}>', parts[i])
+    return Markup(''.join(f'<code>{p}</code>' if i % 2 else p for i, p in enumerate(parts)))
 
 def fence(text:str, attrs:str)->str:
     "A fenced block around `text`, with more backticks than any line of it starts with"
@@ -132,7 +134,7 @@ class Page:
     @cached_property
     def root(self)->str: return '../'*self.url.count('/')
     @property
-    def folder(self)->str: return Path(self.rel).parent.as_posix().removeprefix('.')
+    def folder(self)->str: return Path(self.rel).parent.as_posix()
     @property
     def markdown_url(self)->str: return self.url.removesuffix('.html') + '.md'
     @property

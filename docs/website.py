@@ -32,7 +32,7 @@ class Website:
         self.address = self.web['site-url'].rstrip('/') + '/'
         self.repository, self.branch = self.settings['git_url'].rstrip('/'), self.settings['branch']
         self.footer = self.web.get('page-footer', {}).get('center', '')
-        self.pages = {p.rel: p for p in map(self._page, sorted(proc.rglob('*.ipynb'))) if (self.nbs/p.rel).exists()}  # _proc keeps old ones
+        self.pages = {p.rel: p for p in map(self._page, sorted(proc.rglob('*.ipynb')))}
         self.sections = self._sections()
         self.top = self._links(self.web.get('navbar', {}).get('left', []))
         self.order = [p for s in self.sections for p in s.pages]
@@ -42,8 +42,8 @@ class Website:
 
     def _page(self, path:Path)->Page:
         page = Page(path, path.relative_to(self.proc).as_posix())
-        for b in page.blocks:
-            for n in b.names if isinstance(b, Api) and not b.code else (): n.signature = self._outline(n) or n.signature
+        for box in (b for b in page.blocks if isinstance(b, Api) and not b.code):
+            for n in box.names: n.signature = self._outline(n) or n.signature
         return page
 
     def _outline(self, n:Name)->str|None:
@@ -78,12 +78,20 @@ class Website:
     # ---- building
     def build(self):
         "Write everything but the search index"
-        shutil.rmtree(self.out, ignore_errors=True)
-        self.out.mkdir(parents=True)
+        self._clear()
         shutil.copytree(HERE/'static', self.out/'assets')
         self._render()
         self._copy_files()
         self._write_for_machines()
+
+    def _clear(self):
+        "Make way for the site: an older one is removed, a folder that holds something else is not"
+        mark = self.out/'.nojekyll'  # GitHub Pages would hide files that begin with an underscore; also the sign of a built site
+        ours = mark.exists() or self.out == self.root/self.settings['doc_path']
+        if self.out.exists() and any(self.out.iterdir()) and not ours: sys.exit(f'{self.out} holds something that is not a site: choose another --out')
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir(parents=True)
+        mark.touch()
 
     def _context(self, p:Page, index:dict, documented:dict)->Context:
         meant = names.Names(index, self.nbs/p.rel, self.settings['lib_name']).targets(documented)
@@ -102,7 +110,7 @@ class Website:
             self.problems += problems
             for name, data in files.items(): self._write(name, data)
             self._write(p.url, env.get_template('page.html').render(site=self, page=p, root=p.root, body=Markup(p.body), toc=Markup(p.toc)))
-            self._write(f'{p.rel}', (self.nbs/p.rel).read_bytes())  # the notebook itself, to download
+            self._write(p.rel, (self.nbs/p.rel).read_bytes())  # the notebook itself, to download
         self._write('404.html', env.get_template('404.html').render(site=self))
 
     def _copy_files(self):
@@ -119,7 +127,6 @@ class Website:
         urls = '\n'.join(f"  <url><loc>{self.address}{p.url.removesuffix('index.html')}</loc></url>" for p in self.order)
         self._write('sitemap.xml', f'<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n{urls}\n</urlset>\n')
         self._write('robots.txt', f'User-agent: *\nAllow: /\nSitemap: {self.address}sitemap.xml\n')
-        self._write('.nojekyll', '')  # GitHub Pages would hide files that begin with an underscore
 
     def _write(self, name:str, data:str|bytes):
         path = self.out/name

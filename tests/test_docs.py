@@ -122,7 +122,7 @@ def test_a_picture_becomes_a_file():
     assert w.files == {'stem_files/figure-1.png': b'\x89PNG'}
 
 def test_titles_keep_their_code_and_emphasis():
-    assert page.inline('One `a<b` *and* **two** 2 * 3 * 4 & <i>') == 'One <code>a&lt;b</code> <em>and</em> <strong>two</strong> 2 * 3 * 4 &amp; &lt;i&gt;'
+    assert page.inline('One `a<b*c*` *and* **two** 2 * 3 * 4 & <i>') == 'One <code>a&lt;b*c*</code> <em>and</em> <strong>two</strong> 2 * 3 * 4 &amp; &lt;i&gt;'
 
 # ---- figures.py ------------------------------------------------------------------------------------------------------
 SVG = '''<?xml version="1.0"?><!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd">
@@ -309,6 +309,12 @@ def test_broken_notebooks_are_reported_together(copy):
         path.write_text(json.dumps(nb))
     run = rebuild(copy)
     assert run.returncode == 1 and '01_area.ipynb: ModuleNotFoundError' in run.stderr and '02_volume.ipynb: ImportError' in run.stderr
+
+def test_a_folder_that_holds_something_else_is_left_alone(copy, tmp_path):
+    (tmp_path/'precious').mkdir()
+    (tmp_path/'precious'/'thesis.txt').write_text('years of work')
+    run = rebuild(copy, '--out', tmp_path/'precious')
+    assert run.returncode == 1 and 'choose another --out' in run.stderr and (tmp_path/'precious'/'thesis.txt').exists()
 
 def test_quarto_is_used_where_it_is(tmp_path):
     "nbdev's command is called in the project's folder, and nothing else is done"

@@ -173,6 +173,8 @@ def test_the_menu_opens_on_a_phone(visit):
     assert not tab.locator('.side').is_visible() and tab.get_attribute('#page-menu', 'aria-expanded') == 'false'
     tab.click('#page-menu')
     assert tab.locator('.side [aria-current=page]').is_visible() and tab.get_attribute('#page-menu', 'aria-expanded') == 'true'
+    box = tab.locator('.side').bounding_box()
+    assert box['width'] == PHONE['width'] and box['y'] + box['height'] == PHONE['height'], 'it covers the page'
     tab.keyboard.press('Escape')
     assert not tab.locator('.side').is_visible()
     tab.click('#page-menu')

@@ -184,12 +184,12 @@ def hero(e:Evidence, # an experiment
     axs[0].set_ylabel('stated confidence')
     return fig
 
-# %% ../../nbs/01_rlcr/10_results.ipynb #624c505d
+# %% ../../nbs/01_rlcr/10_results.ipynb #d8c32c48
 def summary(e:Evidence, # an experiment
             split:str='id', # test set
             temperature:float=0., # 0 or 1
            )->'pandas.DataFrame': # one row an arm, one column a measure, as text with intervals
-    "Every arm's measures, with the optimum as the last row"
+    "Every arm's measures, each with half the width of its 95% interval, and the optimum as the last row"
     import pandas as pd
     from rlcr_suite.core.calibration import auroc, brier, ece, ece_null
     t = e.answers[(e.answers.split == split) & (e.answers.temperature == temperature)]
@@ -197,7 +197,7 @@ def summary(e:Evidence, # an experiment
     for arm in (a for a in LABELS if a in set(t.arm)):
         r = Runs(e, arm, split, temperature)
         null = np.mean([ece_null(q, n_sim=200).value for q in r.confidence])
-        rows[LABELS[arm]] = {'readable': f'{r.ok.mean():.3f}'} | {m: _text(measure(r, m)) for m in METRICS} | {'ECE null': f'{null:.3f}'}
+        rows[LABELS[arm]] = {'readable': f'{r.ok.mean():.3f}'} | {m: _short(measure(r, m)) for m in METRICS} | {'ECE null': f'{null:.3f}'}
     q, s = r.q_star[0], _bayes_outcomes(e, split)
     rows['Bayes'] = {'readable': '', 'accuracy': f'{q.mean():.3f}', 'brier': f'{brier(q, s):.3f}', 'ece': f'{ece(q, s):.3f}', 'auroc': f'{auroc(q, s):.3f}', 'error': '0',
                      'ECE null': f'{ece_null(q, n_sim=200).value:.3f}'}
@@ -205,6 +205,7 @@ def summary(e:Evidence, # an experiment
     return pd.DataFrame(rows).T[list(names)].rename(columns=names)
 
 def _text(i:Interval)->str: return f'{i.value:.3f} [{i.low:.3f}, {i.high:.3f}]'
+def _short(i:Interval)->str: return f'{i.value:.3f} ± {(i.high - i.low)/2:.3f}'
 
 def _bayes_outcomes(e:Evidence, split:str)->np.ndarray:
     "Whether the Bayes answer was the colour drawn, for each test question"

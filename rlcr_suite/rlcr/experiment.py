@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-# %% ../../nbs/01_rlcr/09_experiment.ipynb #69790642
+# %% ../../nbs/01_rlcr/09_experiment.ipynb #92673d17
 @dataclass(frozen=True)
 class Scale:
     "How much is run"
@@ -37,7 +37,7 @@ class Scale:
 MODEL = dict(hidden_size=128, layers=3, heads=4, intermediate_size=256, max_length=128)
 SCALES = {
     'quick': Scale('quick', ('rlvr', 'rlcr'), (0, 1, 2), 'quick', {}, 220, 1000, 250, 16, 1000, MODEL),
-    'full':  Scale('full', ('rlvr', 'rlcr', 'sft_rlcr', 'log', 'group'), (0, 1, 2, 3, 4), 'full', {}, 250, 2000, 500, 16, 2000, MODEL),
+    'full':  Scale('full', ('rlvr', 'rlcr', 'sft_rlcr', 'log', 'group'), (0, 1, 2), 'quick', {}, 220, 1000, 250, 16, 1000, MODEL),
     'test':  Scale('test', ('rlvr', 'rlcr'), (0, 1), 'quick', dict(max_steps=2, per_device_train_batch_size=32, gradient_accumulation_steps=1, save_steps=1),
                    6, 24, 6, 4, 24, dict(hidden_size=32, layers=2, heads=2, intermediate_size=64, max_length=128)),
 }

@@ -11,7 +11,8 @@ from cells import Api, Code, Float, Html, Picture, Prose, Text
 
 HERE = Path(__file__).parent
 READER = 'markdown+autolink_bare_uris-latex_macros'
-DEPTH = 3  # of the table of contents
+DEPTH = 3       # of the table of contents
+PATIENCE = 120  # seconds for one page; it takes one or two
 
 def inline(text:str)->Markup:
     "A title or subtitle, which nbdev keeps as one line of text: code and emphasis"
@@ -94,6 +95,15 @@ class Context:
     pages: dict = None
     names: dict = None
 
+def run(cmd:list[str], text:str, tries:int=2)->tuple[str, list[str]]:
+    "What a command makes of `text`, and what it complains of. On a machine that is overwhelmed pandoc was seen to hang: it is asked again"
+    try: r = subprocess.run(cmd, input=text, capture_output=True, text=True, encoding='utf-8', timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        if tries == 1: raise
+        return run(cmd, text, tries - 1)
+    problems = [line for line in r.stderr.splitlines() if line.strip()]
+    return r.stdout, problems + [f'{Path(cmd[0]).name} ended with {r.returncode}']*(r.returncode != 0)
+
 def pandoc(markdown:str, context:Context|None=None, meta:dict|None=None)->tuple[str, str, list[str]]:
     "Body, table of contents, and what could not be resolved"
     context, meta = context or Context(), dict(meta or {})
@@ -105,10 +115,9 @@ def pandoc(markdown:str, context:Context|None=None, meta:dict|None=None)->tuple[
         cmd = [pypandoc.get_pandoc_path(), '--from', READER, '--to', 'html5', '--template', HERE/'templates/fragment.html',
                '--metadata-file', t/'meta.yml', '--lua-filter', HERE/'quarto.lua', '--citeproc', '--mathml', '--wrap=none',
                '--toc', f'--toc-depth={DEPTH}']
-        r = subprocess.run([str(c) for c in cmd], input=markdown, capture_output=True, text=True, encoding='utf-8')
-    problems = [line for line in r.stderr.strip().splitlines() if line.strip()]
-    if r.returncode: problems.append(f'pandoc ended with {r.returncode}')
-    body, _, toc = r.stdout.partition('<!--TABLE-OF-CONTENTS-->')
+        try: out, problems = run([str(c) for c in cmd], markdown)
+        except subprocess.TimeoutExpired: return '', '', [f'pandoc gave no answer within {PATIENCE} s, twice']
+    body, _, toc = out.partition('<!--TABLE-OF-CONTENTS-->')
     return tidy(body), re.sub(r' id="toc-[^"]*"', '', toc).strip(), problems
 
 def tidy(body:str)->str:

@@ -121,6 +121,14 @@ def test_a_picture_becomes_a_file():
     w.block(Picture(b'\x89PNG', 'png'))
     assert w.files == {'stem_files/figure-1.png': b'\x89PNG'}
 
+def test_a_command_that_hangs_is_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, 'PATIENCE', .5)
+    slow = tmp_path/'slow'  # hangs when it is called for the first time
+    slow.write_text(f'#!/bin/sh\ntest -e {tmp_path}/seen && exec cat\ntouch {tmp_path}/seen\nexec sleep 20\n')
+    slow.chmod(0o755)
+    assert page.run([str(slow)], 'text') == ('text', []) and page.run(['sh', '-c', 'echo why >&2; exit 3'], '') == ('', ['why', 'sh ended with 3'])
+    with pytest.raises(subprocess.TimeoutExpired): page.run(['sleep', '20'], '')
+
 def test_titles_keep_their_code_and_emphasis():
     assert page.inline('One `a<b*c*` *and* **two** 2 * 3 * 4 & <i>') == 'One <code>a&lt;b*c*</code> <em>and</em> <strong>two</strong> 2 * 3 * 4 &amp; &lt;i&gt;'
 

@@ -162,6 +162,9 @@ def test_written_claims_are_read_as_they_were(tmp_path_factory, many):
 def test_missing_ends_survive(path):
     write('rlcr', [decided(-.1, math.nan, math.nan)], path)
     assert 'NaN' not in path.read_text() and read('rlcr', path)[0].status == 'undecided'
+    before = path.read_bytes()
+    write('rlcr', [replace(decided(-.1, math.nan, math.nan), date='2030-01-01')], path)  # NaN is not NaN, yet nothing changed
+    assert path.read_bytes() == before
 
 # --- writing
 

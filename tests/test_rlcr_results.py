@@ -1,16 +1,24 @@
 "Experiment and results: jobs, evidence, and claims decided by their rules, on made-up answers whose truth is known."
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from rlcr_suite.rlcr import results
 from rlcr_suite.rlcr.experiment import Evidence, Job, collect, jobs, read_evidence, write_evidence
 from rlcr_suite.rlcr.results import CLAIMS, METRICS, Runs, decide, measure, publish, stored, summary, votes
 from rlcr_suite.rlcr.experiment import TEST_SEED
 from rlcr_suite.rlcr.world import COLOURS, draw
 
 N, K = 120, 4
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    "200 resamples: the verdicts looked for here are not close"
+    monkeypatch.setattr(results, 'measure', partial(measure, n_boot=200))
 
 
 def made_up(confidence, arms=('base', 'rlvr', 'rlcr', 'bce'), seeds=(0, 1, 2)):
@@ -87,20 +95,35 @@ def test_summary_has_every_arm_and_the_optimum():
     assert list(s.index) == ['base', 'RLVR', 'RLCR', 'BCE classifier', 'Bayes'] and s.shape[1] == len(METRICS) + 2
 
 
-def test_evidence_round_trip_and_record(tmp_path):
+def test_evidence_round_trip_and_record(tmp_path, monkeypatch):
+    monkeypatch.setenv('RLCR_SUITE_RECORDS', str(tmp_path))
     e = replace(honest, curves=pd.DataFrame(dict(arm=['rlcr'], seed=[0], step=[1], reward=[.5])), about=honest.about | {'scale': 'quick'})
     back = read_evidence(write_evidence(e, tmp_path/'evidence'/'rlcr'/'quick'))
     assert verdicts(back) == verdicts(e)
-    assert stored(tmp_path).about == e.about
+    assert stored().about == e.about
+    with pytest.raises(ValueError, match='no evidence in'): stored('full')
     publish(back, tmp_path/'rlcr.json')
     first = (tmp_path/'rlcr.json').read_bytes()
     publish(back, tmp_path/'rlcr.json')
     assert (tmp_path/'rlcr.json').read_bytes() == first
     (tmp_path/'evidence'/'rlcr'/'quick'/'curves.parquet').unlink()
-    with pytest.raises(ValueError, match='curves.parquet missing'): stored(tmp_path)
+    with pytest.raises(ValueError, match='curves.parquet missing'): stored()
 
 
 def test_unfinished_experiment_is_said_to_be(tmp_path):
     with pytest.raises(ValueError, match='not finished: warm-up, RLVR seed 0'): collect('test', tmp_path)
     with pytest.raises(ValueError, match='scale must be'): jobs('huge', tmp_path)
     assert not Job('rlcr', 0, 'test', str(tmp_path)).done
+
+
+def test_a_full_run_decides_what_a_quick_one_leaves_open(tmp_path, monkeypatch):
+    monkeypatch.setenv('RLCR_SUITE_RECORDS', str(tmp_path))
+    about = lambda e, scale: replace(e, curves=pd.DataFrame(dict(arm=['rlcr'])), about=e.about | {'scale': scale})
+    quick = about(honest, 'quick')
+    full = about(made_up(lambda arm, q, rng: q, arms=('base', 'rlvr', 'rlcr', 'bce', 'log')), 'full')
+    write_evidence(full, tmp_path/'evidence'/'rlcr'/'full')
+    claims = {c.id: c for c in publish(quick, tmp_path/'rlcr.json')}
+    assert claims['log-arm'].scale == 'full' and claims['ece-id'].scale == 'quick'
+    assert claims['group-std'].ours is None
+    write_evidence(quick, tmp_path/'evidence'/'rlcr'/'quick')
+    assert stored().about['scale'] == 'quick'  # what the ledger speaks of, though full is there

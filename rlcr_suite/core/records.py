@@ -324,8 +324,10 @@ def stamp() -> dict[str, Any]: # hardware, versions, commit, date
     today = datetime.now(timezone.utc).strftime('%Y-%m-%d')
     return {'hardware': _hardware(), 'versions': versions, 'commit': _git_commit(checkout()), 'date': today}
 
-# %% ../../nbs/00_core/04_records.ipynb #0ac0cd90
-def _same(a: Claim, b: Claim) -> bool: return replace(a, **dict.fromkeys(STAMPS)) == replace(b, **dict.fromkeys(STAMPS))
+# %% ../../nbs/00_core/04_records.ipynb #1de76619
+def _same(a: Claim, b: Claim) -> bool:
+    "Do two claims differ in their stamps at most?"
+    return to_json(replace(a, **dict.fromkeys(STAMPS))) == to_json(replace(b, **dict.fromkeys(STAMPS)))
 
 def write(paper: str, # "rlcr"
           claims: Iterable[Claim], # all claims of the paper, decided or not
@@ -336,15 +338,18 @@ def write(paper: str, # "rlcr"
     it was."""
     file = _file(paper, path)
     try: before = {c.id: c for c in read(paper, file)} if file.exists() else {}
-    except ValueError: before = {}  # a broken record has no stamps to keep: it is replaced
-    now, rows = None, []
+    except ValueError: before = {}  # a broken record has no stamps to keep
+    now, kept = None, []
     for c in claims:
-        if c.ours is not None and c.hardware is None: c = replace(c, **(now := now or stamp()))
-        rows.append(to_json(before[c.id] if c.id in before and _same(c, before[c.id]) else c))
-    record = {'version': 1, 'paper': paper, 'claims': rows}
+        if c.ours is not None and c.hardware is None:
+            c = replace(c, **(now := now or stamp()))
+        old = before.get(c.id)
+        kept.append(old if old and _same(c, old) else c)
+    record = {'version': 1, 'paper': paper, 'claims': [to_json(c) for c in kept]}
     if wrong := _errors(record, paper): raise ValueError('\n'.join(wrong))
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + '\n'
-    if not file.exists() or file.read_text(encoding='utf-8') != text: atomic_write(file, text)
+    if not file.exists() or file.read_bytes() != text.encode():
+        atomic_write(file, text)
     return file
 
 # %% ../../nbs/00_core/04_records.ipynb #ad8c8a9c

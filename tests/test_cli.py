@@ -40,11 +40,14 @@ def wait_for(condition, process, seconds=120):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    "A folder with a tiny checkpoint (fresh weights) and questions"
+    "A folder with questions and a small checkpoint that mostly keeps the format: where none is kept, all rewards are equal and nothing is learnt"
     from rlcr_suite.core.lm import save, tiny_lm
-    from rlcr_suite.rlcr.world import questions, tokenizer
+    from rlcr_suite.rlcr.train import sft, tokenize
+    from rlcr_suite.rlcr.world import demonstrations, questions, tokenizer
     folder, tok = tmp_path_factory.mktemp("cli"), tokenizer()
-    save(tiny_lm(tok, hidden_size=16, layers=1, heads=2, intermediate_size=32, max_length=160), tok, folder/"base")
+    model = tiny_lm(tok, hidden_size=64, layers=2, heads=2, intermediate_size=128, max_length=160)
+    sft(model, tok, tokenize(demonstrations(32*80), tok), folder/"sft", steps=80, batch=32, lr=6e-3, warmup_steps=10)
+    save(model, tok, folder/"base")
     rows = [dict(prompt=p, answer=a) for p, a in zip(*(questions(40, "id", 3)[c] for c in ("prompt", "answer")))]
     (folder/"data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder/"wrong.jsonl").write_text('{"prompt": "Why?", "solution": "so"}\n')
@@ -180,7 +183,7 @@ class TestClaims:
 
 # ------------------------------------------------------------------------------------------------ train, eval, report
 
-SMALL = ["--set", "per_device_train_batch_size=8", "--set", "gradient_accumulation_steps=1", "--set", "max_completion_length=12", "--set", "save_steps=1"]
+SMALL = ["--set", "per_device_train_batch_size=8", "--set", "gradient_accumulation_steps=1", "--set", "max_completion_length=28", "--set", "save_steps=1"]
 
 class TestTrain:
     def test_train_eval_report(self, call, made, tmp_path):

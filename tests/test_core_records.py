@@ -285,6 +285,20 @@ def test_table_shows_every_claim_in_every_form():
     console = Console(width=200, record=True, file=open(os.devnull, 'w')); console.print(t)
     for shown in (str(t), console.export_text(), t._repr_markdown_()): assert 'no evidence yet' in shown and '-0.200 [-0.300, -0.100]' in shown.replace('\\', '') and '1e-05' in shown
 
+@pytest.mark.parametrize('width', [60, 80, 100, 132, 200])
+def test_no_width_of_a_terminal_hides_a_claim(width):
+    from rich.console import Console
+    console = Console(width=width, file=open(os.devnull, 'w'), record=True)
+    console.print(table([decided(), claim('x', claim='another thing'), decided(id='y', paper='seal')]))
+    out = console.export_text()
+    assert all(len(line) <= width for line in out.splitlines())
+    words = ' '.join(out.replace('│', ' ').replace('┃', ' ').split())
+    for shown in ('RLCR is better', 'another thing', '-0.200 [-0.300, -0.100]', '0.03', '500 × 3', 'seal', 'quick', 'upper end'): assert shown in words
+
+def test_several_papers_have_a_column():
+    assert table([claim()]).columns[0] == '' and table([claim(), claim(paper='seal')]).columns[0] == 'paper'
+    assert table([claim(), claim(paper='seal')])._repr_markdown_().splitlines()[3].startswith('| seal |')
+
 def test_rich_takes_claims_literally():
     from rich.console import Console
     console = Console(width=200, record=True, file=open(os.devnull, 'w')); console.print(table([claim(claim='[bold]not markup[/bold] [/x]')]))

@@ -1,7 +1,6 @@
 "Source code as a reader wants it: signatures without bodies, and no docstring twice."
 from __future__ import annotations
 import ast
-from pathlib import Path
 
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -36,11 +35,16 @@ def _member(text:str, node:ast.AST)->str|None:
     indent = '\n' + ' '*(node.col_offset + 4)
     return _head(text, node) + (indent + ast.get_source_segment(text, doc) if doc else '')
 
-def outline(path:Path, name:str)->str|None:
-    "A class of a module by its head, fields and public methods, a function by its head; None where it has no such name"
-    text = Path(path).read_text(encoding='utf-8')
-    node = next((n for n in defined(text) if n.name == name), None)
-    if node is None: return None
+def find(text:str, name:str)->ast.AST|None:
+    "The definition of a function, a class, or a method (`Class.method`) at the top of a module"
+    head, _, rest = name.partition('.')
+    node = next((n for n in defined(text) if n.name == head), None)
+    if not rest or node is None: return node
+    return next((n for n in node.body if isinstance(n, FUNCTION) and n.name == rest), None)
+
+def outline(text:str, name:str)->str:
+    "A class of a module by its head, fields and public methods; a function by its head"
+    node = find(text, name)
     members = [_member(text, n) for n in node.body] if isinstance(node, ast.ClassDef) else []
     return '\n'.join([_head(text, node), *(m for m in members if m)])
 

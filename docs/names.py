@@ -25,13 +25,20 @@ def imports(tree:ast.AST, module:str)->dict[str, tuple[str, str]]:
         found |= {a.asname or a.name: (source, a.name) for a in node.names}
     return found
 
+def code_cells(notebook:Path)->list[str]:
+    nb = json.loads(Path(notebook).read_text(encoding='utf-8'))
+    return [joined(c['source']) for c in nb['cells'] if c['cell_type'] == 'code']
+
+def module(code:list[str], lib:str)->str:
+    "The module that a notebook is exported to, '' if none"
+    exp = [line.split()[2] for c in code for line in c.splitlines() if line.startswith('#| default_exp ')]
+    return f'{lib}.{exp[0]}' if exp else ''
+
 class Names:
     "The names of one page"
     def __init__(self, index:dict, notebook:Path, lib:str):
-        nb = json.loads(Path(notebook).read_text(encoding='utf-8'))
-        code = [joined(c['source']) for c in nb['cells'] if c['cell_type'] == 'code']
-        exp = [line.split()[2] for c in code for line in c.splitlines() if line.startswith('#| default_exp ')]
-        self.index, self.module, self.imported = index, f'{lib}.{exp[0]}' if exp else '', {}
+        code = code_cells(notebook)
+        self.index, self.module, self.imported = index, module(code, lib), {}
         for c in code:
             try: self.imported |= imports(ast.parse(c), self.module)
             except SyntaxError: pass  # a cell with a magic

@@ -9,7 +9,7 @@ import jinja2, yaml
 from markupsafe import Markup
 import llms, names
 from cells import Api, Name
-from definitions import outline
+from definitions import find, outline
 from page import HERE, Context, Page, inline
 
 @dataclass
@@ -42,14 +42,20 @@ class Website:
 
     def _page(self, path:Path)->Page:
         page = Page(path, path.relative_to(self.proc).as_posix())
-        for box in (b for b in page.blocks if isinstance(b, Api) and not b.code):
-            for n in box.names: n.signature = self._outline(n) or n.signature
+        module = names.module(names.code_cells(self.nbs/page.rel), self.settings['lib_name'])
+        file = self.root/f"{module.replace('.', '/')}.py"
+        text = file.read_text(encoding='utf-8') if module and file.is_file() else ''
+        for box in (b for b in page.blocks if isinstance(b, Api)):
+            for n in box.names: self._complete(n, text, file)
         return page
 
-    def _outline(self, n:Name)->str|None:
-        "The signature as it was written: `show_doc` resolves the names of types, and shows a class as a call of its constructor"
-        file = self.root/n.source.removeprefix(f'{self.repository}/blob/{self.branch}/').partition('#')[0]
-        return outline(file, n.name) if n.source and file.is_file() else None
+    def _complete(self, n:Name, text:str, file:Path):
+        """The address of the source, and the signature as it was written. nbdev links to the first module that has the name;
+        `show_doc` resolves the names of types, and shows a class as a call of its constructor"""
+        node = find(text, n.name)
+        if node is None: return  # documented here, but defined elsewhere
+        n.source = f'{self.repository}/blob/{self.branch}/{file.relative_to(self.root).as_posix()}#L{node.lineno}'
+        n.signature = outline(text, n.name)
 
     def _links(self, entries:list)->list:
         "Pages that `_quarto.yml` lists; one that is not there yet is noted and left out"

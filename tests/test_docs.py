@@ -193,12 +193,13 @@ def test_an_exported_source_joins_its_names(tmp_path):
     assert blocks[1].code == 'K = 1\ndef a():\n    return K\n\ndef b():\n    return a()'
 
 # ---- definitions.py, names.py ----------------------------------------------------------------------------------------
-def test_outlines(tmp_path):
-    (tmp_path/'m.py').write_text('import x\n@dataclass\nclass C(B):\n    "Doc"\n    é: int = 1 # ünit\n    def f(self, by:int, # how much\n         )->"C":\n        "Does f"\n        return 1\n'
-                                 '    def _g(self): pass\n    def __call__(self): return 2\n\ndef h(x, # the ü\n     ): return x\n')
-    assert definitions.outline(tmp_path/'m.py', 'C') == ('@dataclass\nclass C(B):\n    é: int = 1 # ünit\n    def f(self, by:int, # how much\n         )->"C":\n'
-                                                         '        "Does f"\n    def __call__(self):')
-    assert definitions.outline(tmp_path/'m.py', 'h') == 'def h(x, # the ü\n     ):' and definitions.outline(tmp_path/'m.py', 'none') is None
+def test_outlines():
+    text = ('import x\n@dataclass\nclass C(B):\n    "Doc"\n    é: int = 1 # ünit\n    def f(self, by:int, # how much\n         )->"C":\n        "Does f"\n        return 1\n'
+            '    def _g(self): pass\n    def __call__(self): return 2\n\ndef h(x, # the ü\n     ): return x\n')
+    assert definitions.outline(text, 'C') == ('@dataclass\nclass C(B):\n    é: int = 1 # ünit\n    def f(self, by:int, # how much\n         )->"C":\n'
+                                              '        "Does f"\n    def __call__(self):')
+    assert definitions.outline(text, 'h') == 'def h(x, # the ü\n     ):' and definitions.outline(text, 'C.f').startswith('    def f(self')
+    assert definitions.find(text, 'C.f').lineno == 6 and definitions.find(text, 'none') is None and definitions.find('not python', 'x') is None
 
 def test_a_docstring_stays_where_it_is_all_there_is():
     assert definitions.without_docstrings('def f(): "only"', {'f'}) == 'def f(): "only"'
@@ -270,6 +271,9 @@ def test_names_are_linked_to_the_right_pages(demo):
     sources = [a['href'] for a in s.select('.api-source')]
     lines = (demo/'demo'/'area.py').read_text().splitlines()
     assert [lines[int(u.partition('#L')[2]) - 1].split('(')[0].rstrip(':') for u in sources] == ['def area', 'class Disc', 'def measure']
+    volume = soup(demo, '01_shapes/volume.html')
+    assert volume.find(id='measure').find_previous('a')['href'].endswith('/demo/volume.py#L17') and 'def measure(r:float)' in volume.find(id='measure').find_next('pre').text, \
+        'not the function of the same name in the other module'
     assert 'def scale' in s.find(id='disc').find_next('pre').text, 'a class is shown by its fields and methods'
 
 def test_every_page_leads_on_and_back(demo):

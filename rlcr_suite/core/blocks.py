@@ -51,15 +51,14 @@ def rectangles(n: int, # length of the sequence
         if right: found.append((l, slice(2*s*pairs, 2*s*pairs + s), slice(2*s*pairs + s, n)))
     return found
 
-# %% ../../nbs/00_core/08_blocks.ipynb #5b05dc91
+# %% ../../nbs/00_core/08_blocks.ipynb #4e0b3b2e
 def halves(x: torch.Tensor, # a tensor with a time axis
            level: Level, # one row of `levels(T, block)`
            dim: int = 1, # the time axis
           ) -> list[tuple[torch.Tensor, torch.Tensor]]: # (Left, Right), the time axis split into (pairs, length)
     "Views of the pairs of one level: first all full ones as one batch, then the ragged one, each where it exists."
-    s, n, right = level
-    views = []
-    if n: views.append(x.narrow(dim, 0, 2*s*n).unflatten(dim, (n, 2, s)).unbind(dim % x.ndim + 1))
+    (s, n, right), dim, views = level, dim % x.ndim, []
+    if n: views.append(x.narrow(dim, 0, 2*s*n).unflatten(dim, (n, 2, s)).unbind(dim + 1))
     if right: views.append((x.narrow(dim, 2*s*n, s).unsqueeze(dim), x.narrow(dim, 2*s*n + s, right).unsqueeze(dim)))
     return views
 

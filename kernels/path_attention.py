@@ -1,0 +1,990 @@
+r"""PaTH attention (arXiv 2505.16381) as a tree of rectangles: forward, deterministic backward, decoding. See nbs/05_path_attention/06_kernel.
+
+    o_i = sum_{j<=i} softmax_j( scale q_i' H_i H_{i-1} .. H_{j+1} k_j + (c_i - c_j)(scale if scale_gate else 1) ) v_j,   H_t = I - beta_t w_t w_t'
+
+Shapes: q (B,T,HQ,D), k, v, w (B,T,H,D), beta (B,T,H), gate (B,T,HQ) = log f, c its running sum. q, k, v in fp16, bf16 or fp32 (one dtype);
+w, beta and gate are read as fp32. What happens, with C = 64 tokens a leaf and N leaves:
+
+    prepare    a leaf: UT transform; its own logits (C,C); queries carried to its start, keys to its end; P = I - W'TW (D,D)
+    compose    P of the inner nodes, level by level:  P = P_right P_left
+    transport  a leaf: its queries through every Left node they meet, its keys through every Right node; one copy a level
+    attend     two leaves of queries: plain softmax attention to the Left nodes they meet; no masks, since those are complete
+    backward   the same rectangles with the global log-sum-exp: one kernel for queries, one for keys; then transport, compose
+               and prepare in reverse. Every sum has a fixed order and no kernel uses atomics, so gradients are bitwise reproducible.
+
+Saved for the backward pass: inputs, output and log-sum-exp, O(T). Alive during a pass: O(T log T) for the copies, N D^2 for the nodes.
+"""
+from functools import lru_cache
+from typing import NamedTuple
+import math
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+from ..core.blocks import check_shapes, sequences
+
+__all__ = ['CHUNK', 'DecodeState', 'aot_cases', 'path_attention', 'path_attention_flush', 'path_attention_step', 'supports', 'why_not']
+
+CHUNK = 64                 # tokens a leaf
+LOG2E = math.log2(math.e)  # kernels work with exp2
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# ---------------------------------------------------------------------------------------------------------------- schedule
+
+class Schedule(NamedTuple):
+    "Where everything lies: int32 tables on the device, rows and slots counted in leaves or in rows of the level copies."
+    leaves: int             # N, leaves of all sequences
+    levels: int             # height of the tree of the longest sequence
+    q_slots: int            # level copies of query leaves: half a leaf a level
+    k_slots: int            # the same for keys
+    nodes: int              # complete nodes of all levels but the root's; 0..full leaves-1 are leaves
+    leaf: torch.Tensor      # (N, 3) first token, end of its sequence, node of the leaf (-1: none needed)
+    q_ptr: torch.Tensor     # (N+1,) steps of leaf n are q_steps[q_ptr[n]:q_ptr[n+1]]
+    q_steps: torch.Tensor   # (., 2) slot of the copy, node to go through next (-1: none)
+    k_ptr: torch.Tensor     # the same for keys
+    k_steps: torch.Tensor
+    q_tiles: torch.Tensor   # (tiles, 7) two leaves: first token, end, leaf, row of its level-0 queries, of its level-0 keys (-1: none), rectangles from, to
+    q_rects: torch.Tensor   # (., 4) row of the tile's queries, row of Left's keys, token of Left's first key, number of keys
+    k_tiles: torch.Tensor   # the same pair of leaves as keys
+    k_rects: torch.Tensor   # (., 4) row of the tile's keys, row of Right's queries, token of Right's first query, number of queries
+    joins: tuple            # a level above the leaves: (nodes, 3) = parent, Left, Right
+    sources: torch.Tensor   # (nodes, 4) who went through a node: row before, row after, leaves, 0 queries | 1 keys
+
+@lru_cache(maxsize=64)
+def schedule(lengths: tuple[int, ...], # tokens of every sequence
+             chunk: int, # tokens a leaf
+             device: torch.device, # where the tables go
+            ) -> Schedule:
+    "The tree over every sequence as tables, so that kernels hold no arithmetic of levels. Bit l of a leaf's number n tells Left from Right."
+    ids = lambda mask, base: np.where(mask, base + np.cumsum(mask) - 1, -1)
+    start = np.cumsum([0, *lengths[:-1]])
+    count = np.array([-(-t // chunk) for t in lengths])
+    n = np.concatenate([np.arange(c) for c in count])
+    first, total = np.repeat(np.cumsum(count) - count, count), np.repeat(count, count)
+    token, end = np.repeat(start, count) + n*chunk, np.repeat(start + np.array(lengths), count)
+    N, L = len(n), int(max(count) - 1).bit_length()
+    one = np.arange(N)
+    at = lambda table, i: table[np.clip(i, 0, N - 1)]
+    # who has a copy at which level, and which nodes are complete
+    right = [(n >> l) & 1 == 1 for l in range(L)]
+    left = [((n >> l) & 1 == 0) & (((n >> l) + 1) << l < total) for l in range(L)]
+    head = [one - n % (1 << l) for l in range(L)]                       # first leaf of the node that holds a leaf
+    q_slot, k_slot, node, q_n, k_n, nodes = [], [], [], 0, 0, 0
+    for l in range(L):
+        whole = (token + ((head[l] + (1 << l) - one)*chunk) <= end) & (l < L - 1)        # nothing goes through nodes of the last level
+        mine = ids(whole & (head[l] == one), nodes)
+        q_slot.append(ids(right[l], q_n)); k_slot.append(ids(left[l], k_n)); node.append(np.where(whole, mine[head[l]], -1))
+        q_n += right[l].sum(); k_n += left[l].sum(); nodes += (mine >= 0).sum()
+    # a copy goes on through its sibling where a later level needs it
+    def follow(slot):
+        after, out = np.full(N, -1), []
+        for s in reversed(slot):
+            out.append(after)
+            after = np.where(s >= 0, s, after)
+        return out[::-1]
+    q_next, k_next = follow(q_slot), follow(k_slot)
+    through_q = [np.where((q_slot[l] >= 0) & (q_next[l] >= 0), at(node[l], head[l] - 1), -1) for l in range(L)]
+    through_k = [np.where((k_slot[l] >= 0) & (k_next[l] >= 0), at(node[l], head[l] + (1 << l)), -1) for l in range(L)]
+    def steps(slot, through):
+        if not L: return np.zeros(N + 1), np.zeros((1, 2))
+        slot, through = np.stack(slot, 1), np.stack(through, 1)
+        return np.concatenate([[0], (slot >= 0).sum(1).cumsum()]), np.stack([slot, through], -1)[slot >= 0].reshape(-1, 2)
+    # rectangles above level 0 of every tile of two leaves
+    even = one[n % 2 == 0]
+    def tiles(mask, rect):
+        rows, ptr, work = [], [0], []
+        table = np.stack([rect(l) for l in range(1, L)], 1) if L > 1 else np.zeros((N, 0, 4))
+        has = np.stack([mask[l] for l in range(1, L)], 1) if L > 1 else np.zeros((N, 0), bool)
+        has = has[even]
+        ptr = np.concatenate([[0], has.sum(1).cumsum()])
+        work = (table[even][..., 3] * has).sum(1)
+        pair = at(total, even) > n[even] + 1
+        q0 = np.where(pair, at(q_slot[0], even + 1) * chunk, -1) if L else np.full(len(even), -1)
+        k0 = np.where(pair, k_slot[0][even] * chunk, -1) if L else np.full(len(even), -1)
+        rows = np.stack([token[even], end[even], even, q0, k0, ptr[:-1], ptr[1:]], 1)
+        return rows[np.argsort(-work, kind='stable')], table[even][has].reshape(-1, 4)    # the longest first
+    def seen_by_queries(l):
+        key = np.clip(head[l] - (1 << l), 0, N - 1)
+        return np.stack([q_slot[l] * chunk, k_slot[l][key] * chunk, token[key], np.full(N, chunk << l)], 1)
+    def seen_by_keys(l):
+        query = np.clip(head[l] + (1 << l), 0, N - 1)
+        return np.stack([k_slot[l] * chunk, q_slot[l][query] * chunk, token[query], np.minimum(chunk << l, end - token[query])], 1)
+    q_tiles, q_rects = tiles(right, seen_by_queries)
+    k_tiles, k_rects = tiles(left, seen_by_keys)
+    # inner nodes and what went through every node
+    joins, sources = [], np.zeros((max(nodes, 1), 4))
+    for l in range(L):
+        f = one[(node[l] >= 0) & (head[l] == one)]
+        odd = (n[f] >> l) & 1 == 1
+        if l: joins.append(np.stack([node[l][f], node[l-1][f], at(node[l-1], f + (1 << (l-1)))], 1))
+        user = np.clip(np.where(odd, f - (1 << l), f + (1 << l)), 0, N - 1)
+        for is_k, slot, nxt, through in ((0, q_slot[l], q_next[l], through_q[l]), (1, k_slot[l], k_next[l], through_k[l])):
+            u, g = user[odd == is_k], f[odd == is_k]
+            used = (through[u] == node[l][g]) & (slot[u] >= 0)
+            u, g = u[used], g[used]
+            size = np.minimum(1 << l, total[u] - n[u])
+            sources[node[l][g]] = np.stack([slot[u] * chunk, nxt[u] * chunk, size, np.full(len(u), is_k)], 1)
+    leaf = np.stack([token, end, node[0] if L else np.full(N, -1)], 1)
+    dev = lambda x: torch.as_tensor(np.ascontiguousarray(x, dtype=np.int32)).to(device)
+    q_ptr, q_steps = steps(q_slot, through_q)
+    k_ptr, k_steps = steps(k_slot, through_k)
+    pad = lambda x, w: dev(x) if len(x) else torch.zeros((1, w), dtype=torch.int32, device=device)
+    return Schedule(N, L, int(q_n), int(k_n), int(nodes), dev(leaf), dev(q_ptr), pad(q_steps, 2), dev(k_ptr), pad(k_steps, 2),
+                    dev(q_tiles), pad(q_rects, 4), dev(k_tiles), pad(k_rects, 4), tuple(dev(j) for j in joins if len(j)), dev(sources))
+
+# ------------------------------------------------------------------------------------------------------- leaves and nodes
+
+@triton.jit
+def _dot(a, b, PREC: tl.constexpr):
+    "a @ b, summed in fp32; fp32 operands by the tensor cores as PREC says"
+    return tl.dot(a, b, input_precision=PREC)
+
+@triton.jit
+def _join(x, n, s: tl.constexpr, C: tl.constexpr):
+    "From the inverses of blocks of size s to those of size 2s: [[A, 0], [E, B]]^-1 = [[A^-1, 0], [-B^-1 E A^-1, B^-1]], all pairs at once"
+    i = tl.arange(0, C)
+    pair = (i[:, None]//(2*s) == i[None, :]//(2*s)) & (i[:, None]//s > i[None, :]//s)
+    return x - _dot(_dot(x, tl.where(pair, n, 0.), 'tf32x3'), x, 'tf32x3')
+
+@triton.jit
+def _unit_lower_inverse(n, C: tl.constexpr):
+    "(I + n)^-1 for strictly lower n (C, C): 16 x 16 diagonal blocks by substitution, then joined in pairs"
+    S: tl.constexpr = 16
+    G: tl.constexpr = C // S
+    g, i = tl.arange(0, G), tl.arange(0, S)
+    own = (g[:, None] == g[None, :])[:, None, :, None]                           # (G, 1, G, 1)
+    diag = tl.sum(tl.where(own, tl.reshape(n, (G, S, G, S)), 0.), axis=2)        # (G, S, S)
+    x = tl.zeros((G, S, S), tl.float32) + tl.where(i[:, None] == i[None, :], 1., 0.)[None, :, :]
+    for r in range(1, S):
+        here = (i == r)[None, :, None]
+        row = tl.sum(tl.where(here, diag, 0.), axis=1)                           # (G, S), row r of every block
+        x = tl.where(here, x - tl.sum(row[:, :, None]*x, axis=1)[:, None, :], x)
+    x = tl.reshape(tl.where(own, x[:, :, None, :], 0.), (C, C))
+    if C >= 32: x = _join(x, n, 16, C)
+    if C >= 64: x = _join(x, n, 32, C)
+    return x
+
+@triton.jit
+def _tile(x, base, i, d, live, W: tl.constexpr, D: tl.constexpr):
+    "Rows i of a tensor whose rows lie W apart, columns d < D of it; zero where not live"
+    return tl.load(x + base + i[:, None]*W + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.)
+
+@triton.jit
+def _put(x, base, i, d, live, value, W: tl.constexpr, D: tl.constexpr):
+    "Store where `_tile` loads"
+    tl.store(x + base + i[:, None]*W + d[None, :], value.to(x.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+
+@triton.jit
+def _square(x, base, i, j, W: tl.constexpr):
+    "Pointers to a block of a matrix whose rows lie W apart"
+    return x + base + i[:, None]*W + j[None, :]
+
+@triton.jit
+def _decay(c, base, plane, t, ref, live):
+    "c_t - c_ref from the running sum's high and low part, each (plane) apart: exact to fp32 however large the sum has grown"
+    hi = tl.load(c + base + t, mask=live, other=0.) - tl.load(c + base + ref)
+    return hi + (tl.load(c + plane + base + t, mask=live, other=0.) - tl.load(c + plane + base + ref))
+
+@triton.jit
+def _prepare_kernel(q, k, w, beta, c, leaf, logits, qt, kt, p, inv, T, N, nodes, plane, scale, gscale, # scales times log2(e)
+                    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
+                    GATE: tl.constexpr, SAVE: tl.constexpr, PREC: tl.constexpr):
+    "A leaf of one key head and its query heads: inverse (C,C), P (BD,BD), keys at the leaf's end, logits (C,C), queries at its start"
+    n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    first, end, node = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1), tl.load(leaf + n*3 + 2)
+    i, d = tl.arange(0, C), tl.arange(0, BD)
+    live, every, tok = first + i < end, i >= 0, b*T + first
+    below, causal = i[:, None] > i[None, :], i[:, None] >= i[None, :]
+    wt = _tile(w, (tok*H + h)*D, i, d, live, H*D, D).to(tl.float32)
+    bt = tl.load(beta + (tok + i)*H + h, mask=live, other=0.).to(tl.float32)
+    x = _unit_lower_inverse(tl.where(below, bt[:, None]*_dot(wt, tl.trans(wt), 'tf32x3'), 0.), C)
+    if SAVE: tl.store(_square(inv, (bh*N + n)*C*C, i, i, C), x)
+    x *= bt[None, :]                                                             # T = (I + stril(diag(beta) W W'))^-1 diag(beta)
+    y = _dot(x, wt, PREC)                                                        # Y = T W
+    if node >= 0:
+        eye = tl.where(d[:, None] == d[None, :], 1., 0.)
+        tl.store(_square(p, (bh*nodes + node)*BD*BD, d, d, BD), eye - _dot(tl.trans(wt), y, PREC))
+    kk = _tile(k, (tok*H + h)*D, i, d, live, H*D, D).to(tl.float32)
+    u = _dot(x, tl.where(below, _dot(wt, tl.trans(kk), PREC), 0.), PREC)         # U = T stril(W K')
+    _put(kt, (bh*N + n)*C*BD, i, d, every, kk - _dot(tl.trans(u), wt, PREC), BD, BD)
+    for r in range(HQ // H):
+        hq = h*(HQ // H) + r
+        m = (b*HQ + hq)*N + n                                                    # this leaf of this query head
+        qq = _tile(q, (tok*HQ + hq)*D, i, d, live, HQ*D, D).to(tl.float32)
+        qw = tl.where(causal, _dot(qq, tl.trans(wt), PREC), 0.)
+        a = (_dot(qq, tl.trans(kk), PREC) - _dot(qw, u, PREC))*scale
+        if GATE:
+            decay = _decay(c, (b*HQ + hq)*T, plane, first + i, first, live)*gscale
+            a += decay[:, None] - decay[None, :]
+        tl.store(_square(logits, m*C*C, i, i, C), tl.where(causal, a, float('-inf')))
+        _put(qt, m*C*BD, i, d, every, qq - _dot(qw, y, PREC), BD, BD)
+
+@triton.jit
+def _compose_kernel(p, joins, nodes, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr):
+    "P of inner nodes: P_parent = P_right P_left, BN columns a program"
+    j, col, bh = tl.program_id(0), tl.program_id(1)*BN + tl.arange(0, BN), tl.program_id(2).to(tl.int64)
+    d, base = tl.arange(0, BD), bh*nodes*BD*BD
+    parent, left, right = tl.load(joins + j*3), tl.load(joins + j*3 + 1), tl.load(joins + j*3 + 2)
+    l = tl.load(_square(p, base + left*BD*BD, d, col, BD))
+    r = tl.load(_square(p, base + right*BD*BD, d, d, BD))
+    tl.store(_square(p, base + parent*BD*BD, d, col, BD), _dot(r, l, PREC))
+
+@triton.jit
+def _transport_kernel(x, p, ptr, steps, out, N, slots, nodes, R: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
+                      KEYS: tl.constexpr, PREC: tl.constexpr):
+    "A leaf of one head up the tree: a copy at every level that needs one; queries go on as x P_left, keys as x P_right'"
+    n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i, d = tl.arange(0, C), tl.arange(0, BD)
+    e, stop = tl.load(ptr + n), tl.load(ptr + n + 1)
+    if e < stop:
+        tile = tl.load(_square(x, (bh*N + n)*C*BD, i, d, BD))
+        while e < stop:
+            slot, node = tl.load(steps + e*2), tl.load(steps + e*2 + 1)
+            tl.store(_square(out, (bh*slots + slot)*C*BD, i, d, BD), tile.to(out.dtype.element_ty))
+            if node >= 0:
+                m = p + (bh // R*nodes + node)*BD*BD
+                if KEYS: tile = _dot(tile, tl.load(m + d[None, :]*BD + d[:, None]), PREC)
+                else: tile = _dot(tile, tl.load(m + d[:, None]*BD + d[None, :]), PREC)
+            e += 1
+
+# --------------------------------------------------------------------------------------------------------- the rectangles
+
+@triton.jit
+def _online(acc, m, l, s, v, PREC: tl.constexpr):
+    "One step of the online softmax: logits s in log2 units, values v"
+    high = tl.maximum(m, tl.max(s, 1))
+    fade = tl.exp2(m - high)
+    e = tl.exp2(s - high[:, None])
+    return tl.dot(e.to(v.dtype), v, acc*fade[:, None], input_precision=PREC), high, l*fade + tl.sum(e, 1)
+
+@triton.jit
+def _forward_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, T, N, q_slots, k_slots, plane, scale, gscale,
+                    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
+                    GATE: tl.constexpr, PREC: tl.constexpr):
+    "Two leaves of queries of one head against every key they see"
+    bhq = tl.program_id(1).to(tl.int64)
+    b, hq = bhq // HQ, bhq % HQ
+    h = hq // (HQ // H)
+    tile = tiles + tl.program_id(0)*7
+    first, end, n = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    q0, k0, e, stop = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6)
+    i, j, d = tl.arange(0, 2*C), tl.arange(0, C), tl.arange(0, BD)
+    live, upper = first + i < end, i >= C
+    vbase, cbase = (b*T*H + h)*D, bhq*T
+    qbase, kbase = bhq*q_slots*C*BD, (b*H + h)*k_slots*C*BD
+    # own leaf: its logits are ready; row i of the tile is row i%C of leaf n + i//C
+    s = tl.load(_square(logits, (bhq*N + n)*C*C, i, j, C), mask=live[:, None], other=0.)
+    m = tl.max(s, 1)
+    s = tl.exp2(s - m[:, None])
+    l = tl.sum(s, 1)
+    v0 = _tile(v, vbase + first.to(tl.int64)*H*D, j, d, first + j < end, H*D, D)
+    acc = _dot(tl.where(upper[:, None], 0., s).to(v0.dtype), v0, PREC)
+    if q0 >= 0:
+        v1 = _tile(v, vbase + (first + C).to(tl.int64)*H*D, j, d, first + C + j < end, H*D, D)
+        acc += _dot(tl.where(upper[:, None], s, 0.).to(v1.dtype), v1, PREC)
+        # the pair's rectangle, level 0: the upper leaf's queries, the lower one's keys
+        qq = _tile(xq, qbase + (q0 - C).to(tl.int64)*BD, i, d, upper & live, BD, BD)
+        kk = tl.load(_square(xk, kbase + k0.to(tl.int64)*BD, j, d, BD))
+        s = _dot(qq, tl.trans(kk), PREC)*scale
+        if GATE:
+            ref = first + C - 1
+            s += (_decay(c, cbase, plane, first + i, ref, live)[:, None] - _decay(c, cbase, plane, first + j, ref, j >= 0)[None, :])*gscale
+        acc, m, l = _online(acc, m, l, tl.where(upper[:, None], s, float('-inf')), v0, PREC)
+    # all other levels: both leaves see the whole of the same Left nodes
+    jj = tl.arange(0, BN)
+    while e < stop:
+        rect = rects + e*4
+        qrow, krow, key, size = tl.load(rect), tl.load(rect + 1).to(tl.int64), tl.load(rect + 2).to(tl.int64), tl.load(rect + 3)
+        qq = _tile(xq, qbase + qrow.to(tl.int64)*BD, i, d, live, BD, BD)
+        if GATE: qc = _decay(c, cbase, plane, first + i, key + size - 1, live)*gscale
+        for at in range(0, size, BN):
+            kk = tl.load(_square(xk, kbase + (krow + at)*BD, jj, d, BD))
+            vv = _tile(v, vbase + (key + at)*H*D, jj, d, jj >= 0, H*D, D)
+            s = _dot(qq, tl.trans(kk), PREC)*scale
+            if GATE: s += qc[:, None] - _decay(c, cbase, plane, key + at + jj, key + size - 1, jj >= 0)[None, :]*gscale
+            acc, m, l = _online(acc, m, l, s, vv, PREC)
+        e += 1
+    _put(o, (b*T + first)*HQ*D + hq*D, i, d, live, acc/l[:, None], HQ*D, D)
+    tl.store(lse + bhq*T + first + i, m + tl.log2(l), mask=live)
+
+@triton.jit
+def _query_grad_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, do, delta, dlogits, dxq, dc, T, N, q_slots, k_slots, plane, scale, gscale,
+                       HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
+                       GATE: tl.constexpr, PREC: tl.constexpr):
+    "Gradients of two leaves of queries of one head: of their own logits, of their copy at every level, and (gate) of c as query"
+    bhq = tl.program_id(1).to(tl.int64)
+    b, hq = bhq // HQ, bhq % HQ
+    h = hq // (HQ // H)
+    tile = tiles + tl.program_id(0)*7
+    first, end, n = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    q0, k0, e, stop = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6)
+    i, j, d = tl.arange(0, 2*C), tl.arange(0, C), tl.arange(0, BD)
+    live, upper = first + i < end, i >= C
+    vbase, cbase = (b*T*H + h)*D, bhq*T
+    qbase, kbase = bhq*q_slots*C*BD, (b*H + h)*k_slots*C*BD
+    g = _tile(do, (b*T + first)*HQ*D + hq*D, i, d, live, HQ*D, D)
+    dd = tl.sum(g.to(tl.float32)*_tile(o, (b*T + first)*HQ*D + hq*D, i, d, live, HQ*D, D).to(tl.float32), 1)
+    tl.store(delta + bhq*T + first + i, dd, mask=live)
+    z = tl.load(lse + bhq*T + first + i, mask=live, other=float('inf'))              # probabilities of rows beyond the end are 0
+    v0 = _tile(v, vbase + first.to(tl.int64)*H*D, j, d, first + j < end, H*D, D)
+    g0 = _dot(g, tl.trans(v0), PREC)
+    s = tl.load(_square(logits, (bhq*N + n)*C*C, i, j, C), mask=live[:, None], other=0.)
+    own = g0
+    if q0 >= 0:
+        v1 = _tile(v, vbase + (first + C).to(tl.int64)*H*D, j, d, first + C + j < end, H*D, D)
+        own = tl.where(upper[:, None], _dot(g, tl.trans(v1), PREC), g0)
+    ds = tl.exp2(s - z[:, None])*(own - dd[:, None])
+    # rows of a leaf that does not exist (n the last of its sequence) belong to another leaf: leave them alone
+    tl.store(_square(dlogits, (bhq*N + n)*C*C, i, j, C), ds, mask=((i < C) | (q0 >= 0))[:, None])
+    dcq = tl.sum(ds, 1)
+    if q0 >= 0:
+        qq = _tile(xq, qbase + (q0 - C).to(tl.int64)*BD, i, d, upper & live, BD, BD)
+        kk = tl.load(_square(xk, kbase + k0.to(tl.int64)*BD, j, d, BD))
+        s = _dot(qq, tl.trans(kk), PREC)*scale
+        if GATE:
+            ref = first + C - 1
+            s += (_decay(c, cbase, plane, first + i, ref, live)[:, None] - _decay(c, cbase, plane, first + j, ref, j >= 0)[None, :])*gscale
+        ds = tl.where(upper[:, None], tl.exp2(s - z[:, None])*(g0 - dd[:, None]), 0.)
+        dcq += tl.sum(ds, 1)
+        _put(dxq, qbase + (q0 - C).to(tl.int64)*BD, i, d, upper, _dot(ds.to(kk.dtype), kk, PREC), BD, BD)
+    jj = tl.arange(0, BN)
+    while e < stop:
+        rect = rects + e*4
+        qrow, krow, key, size = tl.load(rect).to(tl.int64), tl.load(rect + 1).to(tl.int64), tl.load(rect + 2).to(tl.int64), tl.load(rect + 3)
+        qq = _tile(xq, qbase + qrow*BD, i, d, live, BD, BD)
+        if GATE: qc = _decay(c, cbase, plane, first + i, key + size - 1, live)*gscale
+        dq = tl.zeros((2*C, BD), tl.float32)
+        for at in range(0, size, BN):
+            kk = tl.load(_square(xk, kbase + (krow + at)*BD, jj, d, BD))
+            vv = _tile(v, vbase + (key + at)*H*D, jj, d, jj >= 0, H*D, D)
+            s = _dot(qq, tl.trans(kk), PREC)*scale
+            if GATE: s += qc[:, None] - _decay(c, cbase, plane, key + at + jj, key + size - 1, jj >= 0)[None, :]*gscale
+            ds = tl.exp2(s - z[:, None])*(_dot(g, tl.trans(vv), PREC) - dd[:, None])
+            if GATE: dcq += tl.sum(ds, 1)
+            dq = tl.dot(ds.to(kk.dtype), kk, dq, input_precision=PREC)
+        _put(dxq, qbase + qrow*BD, i, d, (i < C) | (q0 >= 0), dq, BD, BD)
+        e += 1
+    if GATE: tl.store(dc + bhq*T + first + i, dcq, mask=live)
+
+@triton.jit
+def _key_grad_kernel(xq, xk, v, logits, c, tiles, rects, lse, do, delta, dv, dxk, dc, T, N, q_slots, k_slots, plane, scale, gscale,
+                     HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BM: tl.constexpr,
+                     GATE: tl.constexpr, PREC: tl.constexpr):
+    "Gradients of two leaves of keys as one query head sees them: of the values, of their copy at every level, and (gate) of c as key"
+    bhq = tl.program_id(1).to(tl.int64)
+    b, hq = bhq // HQ, bhq % HQ
+    h = hq // (HQ // H)
+    tile = tiles + tl.program_id(0)*7
+    first, end, n = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    q0, k0, e, stop = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6)
+    j, i, d = tl.arange(0, 2*C), tl.arange(0, C), tl.arange(0, BD)                    # j keys, i queries
+    live, upper = first + j < end, j >= C
+    gbase, row = (b*T*HQ + hq)*D, bhq*T
+    qbase, kbase = bhq*q_slots*C*BD, bhq*k_slots*C*BD                                 # of the gradients: one a query head
+    xbase = (b*H + h)*k_slots*C*BD
+    vv = _tile(v, (b*T*H + h)*D + first.to(tl.int64)*H*D, j, d, live, H*D, D)
+    # own leaf: key j of the tile is column j%C of the logits of leaf n + j//C
+    home = j//C*C
+    t = first + home[:, None] + i[None, :]
+    s = tl.load(logits + (bhq*N + n)*C*C + home[:, None]*C + i[None, :]*C + (j - home)[:, None], mask=live[:, None] & (t < end), other=0.)
+    s = tl.exp2(s - tl.load(lse + row + t, mask=live[:, None] & (t < end), other=float('inf')))
+    g0 = _tile(do, gbase + first.to(tl.int64)*HQ*D, i, d, first + i < end, HQ*D, D)
+    dvv = _dot(tl.where(upper[:, None], 0., s).to(g0.dtype), g0, PREC)
+    dck = tl.zeros((2*C,), tl.float32)
+    if q0 >= 0:
+        there = first + C + i < end
+        g1 = _tile(do, gbase + (first + C).to(tl.int64)*HQ*D, i, d, there, HQ*D, D)
+        dvv += _dot(tl.where(upper[:, None], s, 0.).to(g1.dtype), g1, PREC)
+        kk = _tile(xk, xbase + k0.to(tl.int64)*BD, j, d, j < C, BD, BD)
+        qq = tl.load(_square(xq, qbase + q0.to(tl.int64)*BD, i, d, BD))
+        s = _dot(kk, tl.trans(qq), PREC)*scale
+        if GATE:
+            ref = first + C - 1
+            s += (_decay(c, row, plane, first + C + i, ref, there)[None, :] - _decay(c, row, plane, first + j, ref, j < C)[:, None])*gscale
+        s = tl.exp2(s - tl.load(lse + row + first + C + i, mask=there, other=float('inf'))[None, :])
+        s = tl.where(upper[:, None], 0., s)
+        dvv += _dot(s.to(g1.dtype), g1, PREC)
+        s *= _dot(vv, tl.trans(g1), PREC) - tl.load(delta + row + first + C + i, mask=there, other=0.)[None, :]
+        dck += tl.sum(s, 1)
+        _put(dxk, kbase + k0.to(tl.int64)*BD, j, d, j < C, _dot(s.to(qq.dtype), qq, PREC), BD, BD)
+    ii = tl.arange(0, BM)
+    while e < stop:
+        rect = rects + e*4
+        krow, qrow, query, size = tl.load(rect).to(tl.int64), tl.load(rect + 1).to(tl.int64), tl.load(rect + 2).to(tl.int64), tl.load(rect + 3)
+        kk = tl.load(_square(xk, xbase + krow*BD, j, d, BD))
+        if GATE: kc = _decay(c, row, plane, first + j, query - 1, j >= 0)*gscale
+        dk = tl.zeros((2*C, BD), tl.float32)
+        for at in range(0, size, BM):
+            there = at + ii < size
+            qq = tl.load(_square(xq, qbase + (qrow + at)*BD, ii, d, BD))
+            gg = _tile(do, gbase + (query + at)*HQ*D, ii, d, there, HQ*D, D)
+            s = _dot(kk, tl.trans(qq), PREC)*scale
+            if GATE: s += _decay(c, row, plane, query + at + ii, query - 1, there)[None, :]*gscale - kc[:, None]
+            s = tl.exp2(s - tl.load(lse + row + query + at + ii, mask=there, other=float('inf'))[None, :])
+            dvv = tl.dot(s.to(gg.dtype), gg, dvv, input_precision=PREC)
+            s *= _dot(vv, tl.trans(gg), PREC) - tl.load(delta + row + query + at + ii, mask=there, other=0.)[None, :]
+            if GATE: dck += tl.sum(s, 1)
+            dk = tl.dot(s.to(qq.dtype), qq, dk, input_precision=PREC)
+        _put(dxk, kbase + krow*BD, j, d, j >= 0, dk, BD, BD)
+        e += 1
+    _put(dv, gbase + first.to(tl.int64)*HQ*D, j, d, live, dvv, HQ*D, D)
+    if GATE: tl.store(dc + row + first + j, dck, mask=live)
+
+# ------------------------------------------------------------------------------------------------- the way back to leaves
+
+@triton.jit
+def _transport_grad_kernel(dx, p, ptr, steps, total, dtile, N, slots, nodes, scale, HQ: tl.constexpr, H: tl.constexpr, BD: tl.constexpr,
+                           C: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr):
+    """A leaf of one head down the tree: the gradient of a copy is its own plus that of the next one, carried back. `total` keeps
+    the sum at every level. Keys: `dx` has one copy a query head, added up here; queries: H = HQ."""
+    n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    R: tl.constexpr = HQ // H if KEYS else 1
+    G: tl.constexpr = 1 if KEYS else HQ // H                                     # query heads that share this head's P
+    i, d = tl.arange(0, C), tl.arange(0, BD)
+    begin, e = tl.load(ptr + n), tl.load(ptr + n + 1) - 1
+    sum = tl.zeros((C, BD), tl.float32)
+    while e >= begin:
+        slot, node = tl.load(steps + e*2), tl.load(steps + e*2 + 1)
+        if node >= 0:
+            m = p + (bh // G*nodes + node)*BD*BD
+            if KEYS: sum = _dot(sum, tl.load(m + d[:, None]*BD + d[None, :]), PREC)
+            else: sum = _dot(sum, tl.load(m + d[None, :]*BD + d[:, None]), PREC)
+        for r in range(R): sum += scale*tl.load(_square(dx, ((bh*R + r)*slots + slot)*C*BD, i, d, BD))
+        tl.store(_square(total, (bh*slots + slot)*C*BD, i, d, BD), sum)
+        e -= 1
+    tl.store(_square(dtile, (bh*N + n)*C*BD, i, d, BD), sum)
+
+@triton.jit
+def _node_grad_kernel(xq, xk, tq, tk, sources, dp, q_slots, k_slots, nodes, HQ: tl.constexpr, H: tl.constexpr, BD: tl.constexpr,
+                      BN: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
+    "Gradient of P of a node from what went through it, BN columns: y = x P gives x'dy, y = x P' gives dy'x; summed leaf by leaf"
+    node, col, bh = tl.program_id(0), tl.program_id(1)*BN + tl.arange(0, BN), tl.program_id(2).to(tl.int64)
+    before, after = tl.load(sources + node*4).to(tl.int64), tl.load(sources + node*4 + 1).to(tl.int64)
+    leaves, kind = tl.load(sources + node*4 + 2), tl.load(sources + node*4 + 3)
+    i, d = tl.arange(0, C), tl.arange(0, BD)
+    sum = tl.zeros((BD, BN), tl.float32)
+    if kind == 0:
+        for r in range(HQ // H):
+            base = (bh*(HQ // H) + r)*q_slots*C*BD
+            for at in range(0, leaves*C, C):
+                x = tl.load(_square(xq, base + (before + at)*BD, i, d, BD)).to(tl.float32)
+                sum = tl.dot(tl.trans(x), tl.load(_square(tq, base + (after + at)*BD, i, col, BD)), sum, input_precision=PREC)
+    else:
+        base = bh*k_slots*C*BD
+        for at in range(0, leaves*C, C):
+            dy = tl.load(_square(tk, base + (after + at)*BD, i, d, BD))
+            sum = tl.dot(tl.trans(dy), tl.load(_square(xk, base + (before + at)*BD, i, col, BD)).to(tl.float32), sum, input_precision=PREC)
+    tl.store(_square(dp, (bh*nodes + node)*BD*BD, d, col, BD), sum)
+
+@triton.jit
+def _split_kernel(p, dp, joins, nodes, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr):
+    "Gradients of inner nodes to their children, BN rows or columns a program: dP_left += P_right' dP, dP_right += dP P_left'"
+    j, col, bh = tl.program_id(0), tl.program_id(1)*BN + tl.arange(0, BN), tl.program_id(2).to(tl.int64)
+    d, base = tl.arange(0, BD), bh*nodes*BD*BD
+    parent, left, right = tl.load(joins + j*3), tl.load(joins + j*3 + 1), tl.load(joins + j*3 + 2)
+    at = _square(dp, base + left*BD*BD, d, col, BD)
+    r = tl.load(p + base + right*BD*BD + d[None, :]*BD + d[:, None])
+    tl.store(at, tl.load(at) + _dot(r, tl.load(_square(dp, base + parent*BD*BD, d, col, BD)), PREC))
+    at = _square(dp, base + right*BD*BD, col, d, BD)
+    l = tl.load(p + base + left*BD*BD + d[None, :]*BD + d[:, None])
+    tl.store(at, tl.load(at) + _dot(tl.load(_square(dp, base + parent*BD*BD, col, d, BD)), l, PREC))
+
+@triton.jit
+def _query_prepare_grad_kernel(q, k, w, beta, leaf, inv, dlogits, dqt, dq, du, dy, dk, dw, dc, T, N, scale, coef,
+                               HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
+                               GATE: tl.constexpr, PREC: tl.constexpr):
+    "A leaf of one query head: dq, and its parts of the gradients of U = T stril(W K'), Y = T W, k and w (all within the leaf)"
+    n, bhq = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, hq = bhq // HQ, bhq % HQ
+    h = hq // (HQ // H)
+    first, end = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1)
+    i, d = tl.arange(0, C), tl.arange(0, BD)
+    live, every, tok, m = first + i < end, i >= 0, b*T + first, bhq*N + n
+    below, causal = i[:, None] > i[None, :], i[:, None] >= i[None, :]
+    da = tl.load(_square(dlogits, m*C*C, i, i, C))
+    if GATE:                                                                     # c as a key of its own leaf, beside c as a query
+        at = dc + bhq*T + first + i
+        tl.store(at, (tl.load(at, mask=live, other=0.) - tl.sum(da, 0))*coef, mask=live)
+    da *= scale
+    wt = _tile(w, (tok*H + h)*D, i, d, live, H*D, D).to(tl.float32)
+    kk = _tile(k, (tok*H + h)*D, i, d, live, H*D, D).to(tl.float32)
+    t = tl.load(_square(inv, ((b*H + h)*N + n)*C*C, i, i, C))*tl.load(beta + (tok + i)*H + h, mask=live, other=0.).to(tl.float32)[None, :]
+    u = _dot(t, tl.where(below, _dot(wt, tl.trans(kk), PREC), 0.), PREC)
+    dt = tl.load(_square(dqt, m*C*BD, i, d, BD))
+    # A = tril(Q K') - S U, Q~ = Q - S Y with S = tril(Q W'), Y = T W; so dS = -tril(dA U' + dQ~ W' T')
+    ds = _dot(da, tl.trans(u), PREC) + _dot(_dot(dt, tl.trans(wt), PREC), tl.trans(t), PREC)
+    ds = tl.where(causal, -ds, 0.)
+    dqq = dt + _dot(da, kk, PREC) + _dot(ds, wt, PREC)
+    _put(dq, tok*HQ*D + hq*D, i, d, live, dqq, HQ*D, D)
+    qq = _tile(q, tok*HQ*D + hq*D, i, d, live, HQ*D, D).to(tl.float32)
+    s = tl.where(causal, _dot(qq, tl.trans(wt), PREC), 0.)
+    tl.store(_square(du, m*C*C, i, i, C), -_dot(tl.trans(s), da, PREC))
+    tl.store(_square(dy, m*C*BD, i, d, BD), -_dot(tl.trans(s), dt, PREC))
+    tl.store(_square(dk, m*C*BD, i, d, BD), _dot(tl.trans(da), qq, PREC))
+    tl.store(_square(dw, m*C*BD, i, d, BD), _dot(tl.trans(ds), qq, PREC))
+
+@triton.jit
+def _key_prepare_grad_kernel(k, w, beta, leaf, inv, du, dy, dk_part, dw_part, dkt, dp, dk, dw, dbeta, T, N, nodes,
+                             HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
+                             PREC: tl.constexpr):
+    "A leaf of one key head: the parts of its query heads added up, then through the UT transform to k, w and beta"
+    n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h, R = bh // H, bh % H, HQ // H
+    first, end, node = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1), tl.load(leaf + n*3 + 2)
+    i, d = tl.arange(0, C), tl.arange(0, BD)
+    live, tok = first + i < end, b*T + first
+    below = i[:, None] > i[None, :]
+    wt = _tile(w, (tok*H + h)*D, i, d, live, H*D, D).to(tl.float32)
+    bt = tl.load(beta + (tok + i)*H + h, mask=live, other=0.).to(tl.float32)
+    x = tl.load(_square(inv, (bh*N + n)*C*C, i, i, C))
+    t = x*bt[None, :]
+    m = (b*HQ + h*R)*N + n
+    duu, dyy = tl.load(_square(du, m*C*C, i, i, C)), tl.load(_square(dy, m*C*BD, i, d, BD))
+    dww = tl.load(_square(dw_part, m*C*BD, i, d, BD))
+    for r in range(1, R):
+        duu += tl.load(_square(du, (m + r*N)*C*C, i, i, C))
+        dyy += tl.load(_square(dy, (m + r*N)*C*BD, i, d, BD))
+        dww += tl.load(_square(dw_part, (m + r*N)*C*BD, i, d, BD))
+    if node >= 0:                                                                # P = I - W'Y: dY -= W dP, dW -= Y dP'
+        pp = tl.load(_square(dp, (bh*nodes + node)*BD*BD, d, d, BD))
+        dyy -= _dot(wt, pp, PREC)
+        dww -= _dot(_dot(t, wt, PREC), tl.trans(pp), PREC)
+    dtt = _dot(dyy, tl.trans(wt), PREC)                                          # Y = T W
+    dww += _dot(tl.trans(t), dyy, PREC)
+    kk = _tile(k, (tok*H + h)*D, i, d, live, H*D, D).to(tl.float32)
+    dkk = tl.load(_square(dkt, (bh*N + n)*C*BD, i, d, BD))
+    s = tl.where(below, _dot(wt, tl.trans(kk), PREC), 0.)                        # U = T S, S = stril(W K'); K~ = K - U'W
+    duu -= _dot(wt, tl.trans(dkk), PREC)
+    dww -= _dot(_dot(t, s, PREC), dkk, PREC)
+    dtt += _dot(duu, tl.trans(s), PREC)
+    ds = tl.where(below, _dot(tl.trans(t), duu, PREC), 0.)
+    dww += _dot(ds, kk, PREC)
+    dkk += _dot(tl.trans(ds), wt, PREC)
+    for r in range(R): dkk += tl.load(_square(dk_part, (m + r*N)*C*BD, i, d, BD))
+    _put(dk, (tok*H + h)*D, i, d, live, dkk, H*D, D)
+    # T = X diag(beta), X = (I + stril(diag(beta) G))^-1, G = W W': dX = dT diag(beta), d(stril) = -stril(X' dX X') = -stril(X' dT T')
+    dm = tl.where(below, -_dot(_dot(tl.trans(x), dtt, 'tf32x3'), tl.trans(t), 'tf32x3'), 0.)
+    db = tl.sum(x*dtt, 0) + tl.sum(dm*_dot(wt, tl.trans(wt), PREC), 1)
+    tl.store(dbeta + (tok + i)*H + h, db, mask=live)
+    dm *= bt[:, None]
+    dww += _dot(dm + tl.trans(dm), wt, PREC)
+    _put(dw, (tok*H + h)*D, i, d, live, dww, H*D, D)
+
+# ------------------------------------------------------------------------------------------------------------- launching
+
+class Config(NamedTuple):
+    "Block sizes and pipelining of the kernels over rectangles; leaves and nodes take `warps` alone"
+    forward: tuple[int, int, int]  # keys a step, warps, stages
+    queries: tuple[int, int, int]  # the same, gradient of queries
+    keys: tuple[int, int, int]     # queries a step, warps, stages
+    warps: int                     # of the kernels over leaves and nodes
+    prec: str                      # how fp32 operands are multiplied
+
+def config(dtype: torch.dtype, # of q, k, v
+           BD: int, # head dim, rounded up to a power of two
+          ) -> Config: # what fits shared memory and registers of sm_80, 90 and 100
+    "Chosen by compiling ahead of time, so that forward and decode kernels spill no register."
+    if dtype == torch.float32: return Config((32, 8, 1), (32, 8, 1), (32, 8, 1), 8, 'tf32x3')
+    if BD <= 64: return Config((64, 4, 3), (64, 8, 2), (64, 8, 2), 4, 'tf32')
+    return Config((64, 8, 2), (32, 8, 2), (32, 8, 2), 8, 'tf32')
+
+class _Pass:
+    "What forward and backward share: sizes, tables and the launches from leaves to level copies"
+    def __init__(self, q, k, gate, scale, scale_gate, lengths, chunk):
+        self.B, self.T, self.HQ, self.D = q.shape
+        self.H, self.C, self.BD = k.shape[2], chunk, max(16, triton.next_power_of_2(q.shape[-1]))
+        self.s, self.cfg = schedule(lengths, chunk, q.device), config(q.dtype, self.BD)
+        self.scale, self.coef = scale, scale if scale_gate else 1.
+        self.plane, self.gate = self.B*self.HQ*self.T, gate is not None
+        self.sizes = dict(HQ=self.HQ, H=self.H, BD=self.BD, C=chunk)
+        self.node = dict(BD=self.BD, BN=min(64, self.BD), PREC=self.cfg.prec, num_warps=self.cfg.warps)
+        self.leaf = dict(PREC=self.cfg.prec, num_warps=self.cfg.warps, num_stages=1)
+        self.q, self.k = q, k
+
+    def new(self, *shape, dtype=torch.float32): return torch.empty(shape, dtype=dtype, device=self.q.device)
+    def tiles(self, H, n, dtype=torch.float32): return self.new(self.B, H, n, self.C, self.BD, dtype=dtype)
+
+    def climb(self, w, beta, c, keep=False):
+        "Leaves, nodes and level copies: logits, copies of queries and keys, P of all nodes, and (keep) the leaves' inverses"
+        s, B, H, HQ, C = self.s, self.B, self.H, self.HQ, self.C
+        logits, qt, kt = self.new(B, HQ, s.leaves, C, C), self.tiles(HQ, s.leaves), self.tiles(H, s.leaves)
+        p = self.new(B, H, max(s.nodes, 1), self.BD, self.BD)
+        inv = self.new(B, H, s.leaves, C, C) if keep else logits
+        _prepare_kernel[s.leaves, B*H](self.q, self.k, w, beta, c, s.leaf, logits, qt, kt, p, inv, self.T, s.leaves, s.nodes, self.plane,
+                                       self.scale*LOG2E, self.coef*LOG2E, D=self.D, GATE=self.gate, SAVE=keep, **self.sizes, **self.leaf)
+        for j in s.joins: _compose_kernel[len(j), self.BD//self.node['BN'], B*H](p, j, s.nodes, num_stages=1, **self.node)
+        xq, xk = self.tiles(HQ, max(s.q_slots, 1), self.q.dtype), self.tiles(H, max(s.k_slots, 1), self.q.dtype)
+        for x, out, ptr, steps, slots, heads, keys in ((qt, xq, s.q_ptr, s.q_steps, s.q_slots, HQ, False), (kt, xk, s.k_ptr, s.k_steps, s.k_slots, H, True)):
+            _transport_kernel[s.leaves, B*heads](x, p, ptr, steps, out, s.leaves, slots, s.nodes, R=heads//H, BD=self.BD, C=C, KEYS=keys, **self.leaf)
+        return logits, xq, xk, p, inv
+
+    def rects(self, block, name, gate_c):
+        "Arguments that the three kernels over rectangles share"
+        n, warps, stages = block
+        return ((self.T, self.s.leaves, self.s.q_slots, self.s.k_slots, self.plane, self.scale*LOG2E, self.coef*LOG2E),
+                dict(D=self.D, GATE=self.gate, PREC=self.cfg.prec, num_warps=warps, num_stages=stages, **{name: n}, **self.sizes))
+
+class _PathAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, w, beta, gate, scale, scale_gate, lengths, chunk):
+        run, c = _Pass(q, k, gate, scale, scale_gate, lengths, chunk), _running(gate, q)
+        logits, xq, xk, _, _ = run.climb(w, beta, c)
+        o, lse, s = torch.empty_like(q), run.new(run.B, run.HQ, run.T), run.s
+        n, warps, stages = run.cfg.forward
+        args, kw = run.rects((min(n, 2*chunk), warps, stages), 'BN', c)
+        _forward_kernel[len(s.q_tiles), run.B*run.HQ](xq, xk, v, logits, c, s.q_tiles, s.q_rects, o, lse, *args, **kw)
+        ctx.save_for_backward(q, k, v, w, beta, gate, o, lse)
+        ctx.how = scale, scale_gate, lengths, chunk
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q, k, v, w, beta, gate, o, lse = ctx.saved_tensors
+        run, c, do = _Pass(q, k, gate, *ctx.how), _running(gate, q), do.contiguous()
+        s, cfg, C, B, T, H, HQ = run.s, run.cfg, run.C, run.B, run.T, run.H, run.HQ
+        logits, xq, xk, p, inv = run.climb(w, beta, c, keep=True)
+        # rectangles
+        delta, dc, dck = (run.new(B, HQ, T) for _ in range(3))
+        dlogits, dxq, dxk = torch.empty_like(logits), run.tiles(HQ, max(s.q_slots, 1)), run.tiles(HQ, max(s.k_slots, 1))
+        dv = run.new(B, T, HQ, run.D, dtype=v.dtype if H == HQ else torch.float32)
+        n, warps, stages = cfg.queries
+        args, kw = run.rects((min(n, 2*C), warps, stages), 'BN', c)
+        _query_grad_kernel[len(s.q_tiles), B*HQ](xq, xk, v, logits, c, s.q_tiles, s.q_rects, o, lse, do, delta, dlogits, dxq, dc, *args, **kw)
+        n, warps, stages = cfg.keys
+        args, kw = run.rects((min(n, C), warps, stages), 'BM', c)
+        _key_grad_kernel[len(s.k_tiles), B*HQ](xq, xk, v, logits, c, s.k_tiles, s.k_rects, lse, do, delta, dv, dxk, dck, *args, **kw)
+        del logits
+        # copies back to leaves, nodes to leaves
+        tq, dqt = torch.empty_like(dxq), run.tiles(HQ, s.leaves)
+        tk, dkt = run.tiles(H, max(s.k_slots, 1)), run.tiles(H, s.leaves)
+        back = dict(HQ=HQ, H=H, BD=run.BD, C=C, **run.leaf)
+        _transport_grad_kernel[s.leaves, B*HQ](dxq, p, s.q_ptr, s.q_steps, tq, dqt, s.leaves, s.q_slots, s.nodes, run.scale, KEYS=False, **back)
+        _transport_grad_kernel[s.leaves, B*H](dxk, p, s.k_ptr, s.k_steps, tk, dkt, s.leaves, s.k_slots, s.nodes, run.scale, KEYS=True, **back)
+        del dxq, dxk
+        dp, wide = torch.empty_like(p), run.BD//run.node['BN']
+        if s.nodes: _node_grad_kernel[s.nodes, wide, B*H](xq, xk, tq, tk, s.sources, dp, s.q_slots, s.k_slots, s.nodes, HQ=HQ, H=H, C=C, num_stages=1, **run.node)
+        for j in reversed(s.joins): _split_kernel[len(j), wide, B*H](p, dp, j, s.nodes, num_stages=1, **run.node)
+        del xq, xk, tq, tk
+        # leaves
+        dq, dk, dw = torch.empty_like(q), torch.empty_like(k), torch.empty_like(w)
+        dbeta = torch.empty_like(beta)
+        du, dy, dk_part, dw_part = torch.empty_like(dlogits), *(run.tiles(HQ, s.leaves) for _ in range(3))
+        back['D'] = run.D
+        _query_prepare_grad_kernel[s.leaves, B*HQ](q, k, w, beta, s.leaf, inv, dlogits, dqt, dq, du, dy, dk_part, dw_part, dc, T, s.leaves,
+                                                   run.scale, 1., GATE=run.gate, **back)
+        _key_prepare_grad_kernel[s.leaves, B*H](k, w, beta, s.leaf, inv, du, dy, dk_part, dw_part, dkt, dp, dk, dw, dbeta, T, s.leaves, s.nodes,
+                                                BN=run.node['BN'], **back)
+        if H != HQ: dv = dv.view(B, T, H, HQ//H, run.D).sum(3).to(v.dtype)
+        dgate = _running_grad(dc - dck, run.coef, ctx.how[2]).to(gate.dtype) if run.gate else None
+        return dq, dk, dv, dw, dbeta, dgate, None, None, None, None
+
+def _sums(x):
+    "Running sums along the last axis by doubling: in an order of their own, which torch.cumsum does not promise on a GPU"
+    s = 1
+    while s < x.shape[-1]:
+        x = x + torch.nn.functional.pad(x[..., :-s], (s, 0))
+        s *= 2
+    return x
+
+def _running(gate, q):
+    "The running sum of log f as (2, B, HQ, T): what fp32 holds and what it leaves over; any tensor where there is no gate"
+    if gate is None: return q
+    c = _sums(gate.double().transpose(1, 2))
+    hi = c.float()
+    return torch.stack([hi, (c - hi.double()).float()])
+
+def _running_grad(dc, coef, lengths):
+    "From gradients of c (B, HQ, T) to those of log f (B, T, HQ): sums over the rest of every sequence"
+    rest = _sums(coef*dc.double().flip(-1)).flip(-1)
+    rest = torch.cat([rest, rest.new_zeros(*rest.shape[:2], 1)], -1)
+    ends = np.repeat(np.cumsum(lengths), lengths)
+    return (rest[..., :-1] - rest[..., torch.as_tensor(ends, device=dc.device)]).transpose(1, 2)
+
+def _interpreted() -> bool:
+    "Whether Triton was imported with TRITON_INTERPRET=1"
+    return not isinstance(_forward_kernel, triton.JITFunction)
+
+def why_not(q: torch.Tensor, # (B, T, HQ, D)
+            k: torch.Tensor, # (B, T, H, D)
+            v: torch.Tensor, # (B, T, H, D)
+            w: torch.Tensor, # (B, T, H, D)
+            beta: torch.Tensor, # (B, T, H)
+            gate: torch.Tensor | None = None, # (B, T, HQ)
+           ) -> str: # the reason, or "" where the kernels do it
+    "Why the kernels do not take these tensors; shapes that no backend takes are the business of `path_attention`"
+    given = [x for x in (q, k, v, w, beta, gate) if x is not None]
+    if not (q.is_cuda or _interpreted()): return f"the kernels need a GPU, or TRITON_INTERPRET=1 from the start; q is on {q.device}"
+    if len({x.device for x in given}) > 1: return f"all tensors must be on one device, got {sorted({str(x.device) for x in given})}"
+    if not q.dtype == k.dtype == v.dtype: return f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if any(x.dtype not in DTYPES for x in given): return f"float16, bfloat16 or float32 wanted, got {[x.dtype for x in given]}"
+    if q.shape[-1] > 128: return f"the head dim must be at most 128, got {q.shape[-1]}"
+    if q.shape[0]*q.shape[2] > 65535: return f"at most 65535 rows times heads, got {q.shape[0]*q.shape[2]}"
+    return ""
+
+def supports(q: torch.Tensor, # (B, T, HQ, D)
+             k: torch.Tensor, # (B, T, H, D)
+             v: torch.Tensor, # (B, T, H, D)
+             w: torch.Tensor, # (B, T, H, D)
+             beta: torch.Tensor, # (B, T, H)
+             gate: torch.Tensor | None = None, # (B, T, HQ)
+            ) -> bool: # what is refused is for the torch backend
+    "Whether the kernels take these tensors; `why_not` says why they do not"
+    return not why_not(q, k, v, w, beta, gate)
+
+def path_attention(q: torch.Tensor, # (B, T, HQ, D) queries; fp16, bf16 or fp32 as k and v
+                   k: torch.Tensor, # (B, T, H, D) keys, HQ a multiple of H
+                   v: torch.Tensor, # (B, T, H, D) values
+                   w: torch.Tensor, # (B, T, H, D) unit directions, best in fp32
+                   beta: torch.Tensor, # (B, T, H) strengths in (0, 2), best in fp32
+                   *,
+                   gate: torch.Tensor | None = None, # (B, T, HQ) log forget gates
+                   scale: float | None = None, # of the logits; None is D**-0.5
+                   scale_gate: bool = False, # multiply the gate's sums by `scale` too
+                   cu_seqlens: torch.Tensor | None = None, # (N+1,) where packed sequences begin and end; needs B = 1
+                   chunk: int = CHUNK, # tokens a leaf: 16, 32 or 64; a GPU wants 64
+                  ) -> torch.Tensor: # (B, T, HQ, D), dtype of q
+    """PaTH attention by the Triton kernels (arXiv 2505.16381, Section 3). Gradients are bitwise reproducible. Raises `ValueError` if
+    shapes do not fit, or if the kernels do not take the tensors (see `supports`)."""
+    n = check_shapes(q=(q, "B T HQ D"), k=(k, "B T H D"), v=(v, "B T H D"), w=(w, "B T H D"), beta=(beta, "B T H"), gate=(gate, "B T HQ"))
+    if n["HQ"] % n["H"]: raise ValueError(f"the query heads must be a multiple of the key heads, got HQ = {n['HQ']}, H = {n['H']}")
+    if chunk not in (16, 32, 64): raise ValueError(f"chunk must be 16, 32 or 64, got {chunk}")
+    if why := why_not(q, k, v, w, beta, gate): raise ValueError(why)
+    if cu_seqlens is not None and n["B"] != 1: raise ValueError(f"cu_seqlens needs B = 1, got B = {n['B']}")
+    lengths = (n["T"],) if cu_seqlens is None else tuple(s.stop - s.start for s in sequences(cu_seqlens, n["T"]))
+    if not q.numel(): return torch.zeros_like(q)
+    q, k, v, w, beta = (x.contiguous() for x in (q, k, v, w, beta))
+    scale = n["D"]**-0.5 if scale is None else float(scale)
+    with torch.cuda.device_of(q): return _PathAttention.apply(q, k, v, w, beta, gate, scale, scale_gate, lengths, chunk)
+
+# --------------------------------------------------------------------------------------------------------------- decoding
+
+class DecodeState(NamedTuple):
+    """A cache that is rewritten once in C tokens. `keys` stand as seen from the last flush; transforms since then are pending and
+    act on the query, H_n .. H_1 = I - W'Y; keys since then are few and kept exact in fp32. All of it is changed in place."""
+    keys: torch.Tensor                # (B, S, H, D) flushed keys, S places
+    values: torch.Tensor              # (B, S, H, D)
+    length: torch.Tensor              # (B,) int32, how many places hold a token
+    pending: torch.Tensor             # (B,) int32, tokens since the flush
+    w: torch.Tensor                   # (B, C, H, D) fp32, their directions
+    y: torch.Tensor                   # (B, C, H, D) fp32, the rows of Y
+    recent_keys: torch.Tensor         # (B, C, H, D) fp32, their keys as seen from now
+    recent_values: torch.Tensor       # (B, C, H, D)
+    decay: torch.Tensor | None        # (B, S, HQ) fp32, sums of log f from a flushed key to the flush; None without a gate
+    recent_decay: torch.Tensor | None # (B, C, HQ) fp32, sums of log f from a recent key to now
+    total: torch.Tensor | None        # (B, HQ) fp32, sum of log f since the flush
+
+    @classmethod
+    def empty(cls, B: int, S: int, HQ: int, H: int, D: int, # sizes; S is the most tokens that will be flushed
+              dtype: torch.dtype, # of keys and values
+              device: torch.device | str = 'cpu',
+              gate: bool = False, # whether a gate will be given
+              C: int = CHUNK, # tokens between flushes: 16, 32 or 64
+             ) -> 'DecodeState':
+        "A state that holds no token yet"
+        new = lambda *shape, t=torch.float32: torch.zeros(shape, dtype=t, device=device)
+        return cls(new(B, S, H, D, t=dtype), new(B, S, H, D, t=dtype), new(B, t=torch.int32), new(B, t=torch.int32), new(B, C, H, D),
+                   new(B, C, H, D), new(B, C, H, D), new(B, C, H, D, t=dtype), *((new(B, S, HQ), new(B, C, HQ), new(B, HQ)) if gate else (None,)*3))
+
+@triton.jit
+def _recent_kernel(q, k, v, w, beta, g, ws, ys, ks, vs, pending, ds, total, qt, part, high, low, splits, scale, gscale,
+                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr):
+    "One token of one key head enters the window: keys and transforms in place, queries carried to the flush, attention to the window"
+    b, h, R = tl.program_id(0).to(tl.int64), tl.program_id(1), HQ // H
+    i, d = tl.arange(0, C), tl.arange(0, BD)
+    on, n, head = d < D, tl.load(pending + b), (b*H + h)*D
+    new, base = (i == n)[:, None], (b*C*H + h)*D
+    live = i < n
+    wt = tl.load(w + head + d, mask=on, other=0.).to(tl.float32)
+    bt = tl.load(beta + b*H + h).to(tl.float32)
+    kt = tl.load(k + head + d, mask=on, other=0.).to(tl.float32)
+    vt = tl.load(v + head + d, mask=on, other=0.)
+    ww, yy = _tile(ws, base, i, d, live, H*D, D), _tile(ys, base, i, d, live, H*D, D)
+    yt = bt*(wt - tl.sum(tl.sum(ww*wt[None, :], 1)[:, None]*yy, 0))
+    ww, yy = tl.where(new, wt[None, :], ww), tl.where(new, yt[None, :], yy)
+    kk = _tile(ks, base, i, d, live, H*D, D)
+    kk = tl.where(new, kt[None, :], kk - bt*tl.sum(kk*wt[None, :], 1)[:, None]*wt[None, :])
+    vv = tl.where(new, vt[None, :], _tile(vs, base, i, d, live, H*D, D)).to(tl.float32)
+    row = base + n.to(tl.int64)*H*D + d
+    tl.store(ws + row, wt, mask=on)
+    tl.store(ys + row, yt, mask=on)
+    tl.store(vs + row, vt, mask=on)
+    _put(ks, base, i, d, i <= n, kk, H*D, D)
+    for r in range(R):
+        hq = b*HQ + h*R + r
+        qq = tl.load(q + hq*D + d, mask=on, other=0.).to(tl.float32)
+        tl.store(qt + hq*BD + d, qq - tl.sum(tl.sum(ww*qq[None, :], 1)[:, None]*yy, 0))
+        s = tl.sum(kk*qq[None, :], 1)*scale
+        if GATE:
+            f, at = tl.load(g + hq).to(tl.float32), ds + b*C*HQ + i*HQ + h*R + r
+            c = tl.where(live, tl.load(at, mask=live, other=0.) + f, 0.)
+            tl.store(at, c, mask=i <= n)
+            tl.store(total + hq, tl.load(total + hq) + f)
+            s += c*gscale
+        s = tl.where(i <= n, s, float('-inf'))
+        m = tl.max(s, 0)
+        s = tl.exp2(s - m)
+        tl.store(part + hq*splits*BD + d, tl.sum(s[:, None]*vv, 0))                # part 0 of the output; the others follow
+        tl.store(high + hq*splits, m)
+        tl.store(low + hq*splits, tl.sum(s, 0))
+
+@triton.jit
+def _cache_kernel(qt, ks, vs, length, ds, total, part, high, low, splits, S, scale, gscale,
+                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+                  GATE: tl.constexpr):
+    "The query heads of one key head against one of the parts that the flushed keys are split into"
+    j, b, h = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    R: tl.constexpr = HQ // H
+    n = tl.load(length + b)
+    size = tl.cdiv(tl.cdiv(n, splits - 1), BN)*BN
+    begin, stop = j*size, tl.minimum(j*size + size, n)
+    r, i, d = tl.arange(0, BR), tl.arange(0, BN), tl.arange(0, BD)
+    mine, hq = r < R, b*HQ + h*R + r
+    qq = tl.load(qt + hq[:, None]*BD + d[None, :], mask=mine[:, None], other=0.)
+    # two products of low precision hold the query as exactly as fp32 would
+    q0 = qq.to(ks.dtype.element_ty)
+    q1 = (qq - q0.to(tl.float32)).to(ks.dtype.element_ty)
+    base = (b*S*H + h)*D
+    m, l = tl.full((BR,), float('-inf'), tl.float32), tl.zeros((BR,), tl.float32)
+    acc = tl.zeros((BR, BD), tl.float32)
+    if GATE: now = tl.load(total + hq, mask=mine, other=0.)
+    for at in range(begin, stop, BN):
+        live = at + i < stop
+        kk = _tile(ks, base + at.to(tl.int64)*H*D, i, d, live, H*D, D)
+        vv = _tile(vs, base + at.to(tl.int64)*H*D, i, d, live, H*D, D)
+        s = _dot(q0, tl.trans(kk), 'tf32x3')
+        if q1.dtype != tl.float32: s += _dot(q1, tl.trans(kk), 'tf32x3')
+        s *= scale
+        if GATE:
+            c = tl.load(ds + (b*S + at + i)[None, :]*HQ + (h*R + r)[:, None], mask=live[None, :] & mine[:, None], other=0.)
+            s += (c + now[:, None])*gscale
+        acc, m, l = _online(acc, m, l, tl.where(live[None, :], s, float('-inf')), vv, 'tf32x3')
+    at = hq*splits + 1 + j
+    tl.store(part + at[:, None]*BD + d[None, :], acc, mask=mine[:, None])
+    tl.store(high + at, m, mask=mine)
+    tl.store(low + at, l, mask=mine)
+
+@triton.jit
+def _merge_kernel(part, high, low, o, splits, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr):
+    "One softmax from its parts; a part without keys has weight 0"
+    hq, j, d = tl.program_id(0).to(tl.int64), tl.arange(0, BS), tl.arange(0, BD)
+    there = j < splits
+    m = tl.load(high + hq*splits + j, mask=there, other=float('-inf'))
+    weight = tl.exp2(m - tl.max(m, 0))
+    l = tl.sum(weight*tl.load(low + hq*splits + j, mask=there, other=0.), 0)
+    acc = tl.load(part + (hq*splits + j)[:, None]*BD + d[None, :], mask=there[:, None], other=0.)
+    tl.store(o + hq*D + d, (tl.sum(weight[:, None]*acc, 0)/l).to(o.dtype.element_ty), mask=d < D)
+
+@triton.jit
+def _flush_kernel(ks, ws, ys, length, pending, ds, total, S, HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+                  C: tl.constexpr, BN: tl.constexpr, GATE: tl.constexpr):
+    "Flushed keys through all pending transforms, in fp32 and rounded once: k P' = k - (k Y') W"
+    b, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    n, at = tl.load(length + b), tl.program_id(0)*BN
+    if at < n:
+        i, j, d = at + tl.arange(0, BN), tl.arange(0, C), tl.arange(0, BD)
+        base, live, some = (b*S*H + h)*D, i < n, j < tl.load(pending + b)
+        kk = _tile(ks, base, i.to(tl.int64), d, live, H*D, D).to(tl.float32)
+        ww, yy = (_tile(ws, (b*C*H + h)*D, j, d, some, H*D, D), _tile(ys, (b*C*H + h)*D, j, d, some, H*D, D))
+        kk -= _dot(_dot(kk, tl.trans(yy), 'tf32x3'), ww, 'tf32x3')
+        _put(ks, base, i.to(tl.int64), d, live, kk, H*D, D)
+        if GATE:
+            for r in range(HQ // H):
+                c = ds + (b*S + i)*HQ + h*(HQ // H) + r
+                tl.store(c, tl.load(c, mask=live, other=0.) + tl.load(total + b*HQ + h*(HQ // H) + r), mask=live)
+
+def path_attention_flush(state: DecodeState) -> None: # changed in place
+    "Put the pending tokens of every row into the cache. Raises `ValueError` if they do not fit."
+    B, S, H, D = state.keys.shape
+    C = state.w.shape[1]
+    n, gate = state.pending.tolist(), state.decay is not None
+    if max(a + b for a, b in zip(state.length.tolist(), n)) > S: raise ValueError(f"the cache has {S} places, but would hold {(state.length + state.pending).tolist()} tokens")
+    BN = 64
+    with torch.cuda.device_of(state.keys):
+        _flush_kernel[triton.cdiv(S, BN), B, H](state.keys, state.w, state.y, state.length, state.pending, state.decay, state.total, S,
+                                               HQ=state.total.shape[1] if gate else H, H=H, D=D, BD=max(16, triton.next_power_of_2(D)), C=C,
+                                               BN=BN, GATE=gate, num_warps=8, num_stages=1)
+    row, i = (torch.arange(C, device=state.keys.device) < state.pending[:, None]).nonzero(as_tuple=True)
+    at = state.length[row] + i
+    state.keys[row, at], state.values[row, at] = state.recent_keys[row, i].to(state.keys.dtype), state.recent_values[row, i]
+    if gate:
+        state.decay[row, at] = state.recent_decay[row, i]
+        state.total.zero_()
+    state.length.add_(state.pending)
+    state.pending.zero_()
+
+def path_attention_step(state: DecodeState, # changed in place
+                        q: torch.Tensor, # (B, HQ, D) one token of every row
+                        k: torch.Tensor, # (B, H, D)
+                        v: torch.Tensor, # (B, H, D)
+                        w: torch.Tensor, # (B, H, D)
+                        beta: torch.Tensor, # (B, H)
+                        *,
+                        gate: torch.Tensor | None = None, # (B, HQ) log forget gates
+                        scale: float | None = None, # of the logits; None is D**-0.5
+                        scale_gate: bool = False, # multiply the gate's sums by `scale` too
+                        splits: int | None = None, # parts of the cache a head; None fills the GPU
+                       ) -> torch.Tensor: # (B, HQ, D), dtype of q
+    """Attention of the next token. The caller flushes (`path_attention_flush`) before `pending` of any row reaches C. Raises `ValueError`
+    if shapes do not fit the state."""
+    st = state
+    n = check_shapes(keys=(st.keys, "B S H D"), w_=(st.w, "B C H D"), q=(q, "B HQ D"), k=(k, "B H D"), v=(v, "B H D"), w=(w, "B H D"),
+                     beta=(beta, "B H"), gate=(gate, "B HQ"), decay=(st.decay, "B S HQ"))
+    if (gate is None) != (st.decay is None): raise ValueError("a gate must be given at every step or at none: the state was made for " + ("none" if st.decay is None else "one"))
+    B, S, H, D, HQ, C = (n[x] for x in ('B', 'S', 'H', 'D', 'HQ', 'C'))
+    if HQ % H: raise ValueError(f"the query heads must be a multiple of the key heads, got HQ = {HQ}, H = {H}")
+    scale = D**-0.5 if scale is None else float(scale)
+    coef, BD = scale if scale_gate else 1., max(16, triton.next_power_of_2(D))
+    if splits is None:
+        cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
+        splits = max(1, min(triton.cdiv(S, 256), triton.cdiv(2*cores, B*H), 128))
+    q, k, v, w, beta = (x.contiguous() for x in (q, k, v.to(st.values.dtype), w, beta))
+    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)
+    qt, part, high, low, o = new(B, HQ, BD), new(B, HQ, splits + 1, BD), new(B, HQ, splits + 1), new(B, HQ, splits + 1), torch.empty_like(q)
+    g = None if gate is None else gate.contiguous()
+    sizes, log2 = dict(HQ=HQ, H=H, D=D, BD=BD, GATE=g is not None), (scale*LOG2E, coef*LOG2E)
+    with torch.cuda.device_of(q):
+        _recent_kernel[B, H](q, k, v, w, beta, g, st.w, st.y, st.recent_keys, st.recent_values, st.pending, st.recent_decay, st.total,
+                             qt, part, high, low, splits + 1, *log2, C=C, num_warps=8, **sizes)
+        _cache_kernel[splits, B, H](qt, st.keys, st.values, st.length, st.decay, st.total, part, high, low, splits + 1, S, *log2,
+                                    BR=max(16, triton.next_power_of_2(HQ//H)), BN=64, num_warps=4, num_stages=3, **sizes)
+        _merge_kernel[B*HQ,](part, high, low, o, splits + 1, D=D, BD=BD, BS=triton.next_power_of_2(splits + 1), num_warps=4)
+    st.pending.add_(1)
+    return o
+
+# ------------------------------------------------------------------------------------------------ ahead-of-time compilation
+
+def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16', 'fp32'
+              dims: tuple[int, ...] = (64, 128), # head dims
+              gates: tuple[bool, ...] = (False, True), # without and with a gate
+             ) -> list: # of `aot.Case`: every kernel as `path_attention` and `path_attention_step` launch it, 32 query and 8 key heads
+    "What `rlcr_suite.kernels.aot` compiles"
+    from .aot import Case
+    kernels = (_prepare_kernel, _compose_kernel, _transport_kernel, _forward_kernel, _query_grad_kernel, _key_grad_kernel,
+               _transport_grad_kernel, _node_grad_kernel, _split_kernel, _query_prepare_grad_kernel, _key_prepare_grad_kernel,
+               _recent_kernel, _cache_kernel, _merge_kernel, _flush_kernel)
+    tables = {'leaf', 'joins', 'ptr', 'steps', 'tiles', 'rects', 'sources', 'pending', 'length'}
+    floats, ints = {'scale', 'gscale', 'coef'}, {'T', 'N', 'S', 'nodes', 'slots', 'q_slots', 'k_slots', 'plane', 'splits'}
+    data = {'q', 'k', 'v', 'o', 'do', 'dq', 'dk', 'xq', 'xk', 'vs'}
+    found = []
+    for dtype in dtypes:
+        for D in dims:
+            BD, torch_dtype = max(16, triton.next_power_of_2(D)), dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[dtype]
+            cfg = config(torch_dtype, BD)
+            const = dict(HQ=32, H=8, D=D, BD=BD, C=CHUNK, R=4, BR=16, BS=32, SAVE=True, PREC=cfg.prec, KEYS=True)
+            for kernel in kernels:
+                name = kernel.__name__.strip('_').removesuffix('_kernel')
+                special = {'forward': (dict(BN=cfg.forward[0]), *cfg.forward[1:]), 'query_grad': (dict(BN=cfg.queries[0]), *cfg.queries[1:]),
+                           'key_grad': (dict(BM=cfg.keys[0]), *cfg.keys[1:]), 'cache': (dict(BN=64), 4, 3), 'merge': ({}, 4, 3),
+                           'recent': ({}, 8, 3), 'flush': (dict(BN=64), 8, 1)}
+                blocks, warps, stages = special.get(name, (dict(BN=min(64, BD)), cfg.warps, 1))
+                half = data | dict(cache={'ks'}, flush={'ks'}, transport={'out'}).get(name, set())
+                if name == 'query_prepare_grad': half -= {'dk'}
+                for gate in gates if 'GATE' in kernel.arg_names else (False,):
+                    values = {a: x for a, x in (const | blocks | dict(GATE=gate)).items() if a in kernel.arg_names}
+                    types = {a: '*i32' if a in tables else 'fp32' if a in floats else 'i32' if a in ints else f'*{dtype}' if a in half else '*fp32'
+                             for a in kernel.arg_names if a not in values}
+                    found.append(Case(f"{name} {dtype} d{D}" + ' gate'*gate, kernel, types, values, warps, stages))
+    return found

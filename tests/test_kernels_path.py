@@ -1,0 +1,255 @@
+"""PaTH's Triton kernels: values and every gradient against the recurrence in float64, decoding against prefill, and the machine code.
+
+Triton decides on import whether it interprets, so the cases run in a process of their own, `python tests/test_kernels_path.py`: interpreted
+where there is no GPU, compiled where there is one. There every buffer is born full of NaN, and the inputs lie between NaNs."""
+import json, math, os, subprocess, sys
+from dataclasses import asdict, dataclass
+from functools import partial
+import pytest
+
+@dataclass(frozen=True)
+class Case:
+    "One problem: sizes, options, and the leaf's length"
+    T: int; B: int = 1; HQ: int = 1; H: int = 1; D: int = 16; chunk: int = 16
+    gate: float | None = None # the smallest forget gate; the largest is .999
+    scale_gate: bool = False
+    scale: float | None = None
+    beta: tuple[float, float] = (0., 2.)
+    cu: tuple[int, ...] | None = None
+    dtype: str = 'float32'
+
+CASES = dict(
+    one=Case(1, gate=.1), leaf=Case(16), two=Case(17, gate=.5), pair=Case(32, HQ=2), three=Case(33), four=Case(64), ragged=Case(75, gate=.1),
+    high=Case(150, HQ=2, D=24, gate=.1, scale_gate=True), batch=Case(100, B=2, HQ=4, H=2, D=20, gate=.1), mqa=Case(70, HQ=3, D=32, scale=.3),
+    forgetful=Case(90, gate=1e-30), reflections=Case(130, beta=(1.9, 2.)), middle=Case(100, chunk=32), large=Case(200, D=64, chunk=64, gate=.5),
+    packed=Case(150, HQ=2, gate=.1, cu=(0, 17, 17, 82, 83, 131, 150)), half=Case(90, HQ=2, H=1, gate=.5, dtype='float16'))
+NAMES = ('q', 'k', 'v', 'w', 'beta', 'gate')
+
+# ------------------------------------------------------------------------------------------------- in a process of its own
+
+def poisoned(x):
+    "The same numbers, contiguous, with NaNs before and after them"
+    import torch
+    room = torch.full((x.numel() + 2048,), math.nan, dtype=x.dtype, device=x.device)
+    room[1024:-1024] = x.flatten()
+    return room[1024:-1024].view(x.shape)
+
+def draw(case, device, seed=0):
+    "Inputs, and the gradient of the output"
+    import torch
+    import torch.nn.functional as F
+    r = torch.Generator().manual_seed(seed)
+    new = lambda *shape: torch.randn(shape, generator=r)
+    B, T, HQ, H, D, dtype = case.B, case.T, case.HQ, case.H, case.D, getattr(torch, case.dtype)
+    low, high = case.beta
+    x = [new(B, T, HQ, D).to(dtype), new(B, T, H, D).to(dtype), new(B, T, H, D).to(dtype), F.normalize(new(B, T, H, D), dim=-1),
+         torch.rand((B, T, H), generator=r)*(high - low) + low]
+    if case.gate: x.append((torch.rand((B, T, HQ), generator=r)*(.999 - case.gate) + case.gate).log())
+    return [t.to(device) for t in x], new(B, T, HQ, D).to(dtype).to(device)
+
+def recurrence(q, k, v, w, beta, gate=None, *, scale=None, scale_gate=False, cu_seqlens=None):
+    "The definition: every token multiplies all keys so far by its transform, then attends"
+    import torch
+    if cu_seqlens is not None:
+        spans = [slice(a, b) for a, b in zip(cu_seqlens, cu_seqlens[1:]) if a < b]
+        return torch.cat([recurrence(*(None if x is None else x[:, s] for x in (q, k, v, w, beta, gate)), scale=scale, scale_gate=scale_gate) for s in spans], 1)
+    group = q.shape[2] // k.shape[2]
+    k, v, w, beta = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v, w, beta))
+    q, scale, seen, out = q.transpose(1, 2), scale or q.shape[-1]**-.5, k[:, :, :0], []
+    c = 0*beta if gate is None else gate.transpose(1, 2).cumsum(-1)
+    for t in range(q.shape[2]):
+        seen = seen - beta[:, :, t, None, None]*(seen @ w[:, :, t, :, None])*w[:, :, t, None]
+        seen = torch.cat([seen, k[:, :, t:t+1]], 2)
+        logits = (seen @ q[:, :, t, :, None])[..., 0]*scale + (c[:, :, t:t+1] - c[:, :, :t+1])*(scale if scale_gate else 1)
+        out.append((logits.softmax(-1)[:, :, None] @ v[:, :, :t+1])[:, :, 0])
+    return torch.stack(out, 1)
+
+def rel(a, b):
+    "Relative error of a, in the 2-norm"
+    b = b.double()
+    return ((a.double() - b).norm()/b.norm().clamp_min(1e-30)).item()
+
+def graded(f, x, do, **kw):
+    "Output and gradients"
+    x = [t.detach().requires_grad_() for t in x]
+    o = f(*x, **kw)
+    o.backward(do.to(o.dtype))
+    return [o.detach(), *(t.grad for t in x)]
+
+def kernel(q, k, v, w, beta, gate=None, **kw):
+    "The kernel under test, its gate by position"
+    from rlcr_suite.kernels.path_attention import path_attention
+    return path_attention(q, k, v, w, beta, gate=gate, **kw)
+
+def options(case):
+    import torch
+    return dict(scale=case.scale, scale_gate=case.scale_gate, cu_seqlens=None if case.cu is None else torch.tensor(case.cu))
+
+def against_recurrence(case, device):
+    "Relative errors of the output and of every gradient"
+    x, do = draw(case, device)
+    ours = graded(kernel, [poisoned(t) for t in x], do, chunk=case.chunk, **options(case))
+    true = graded(recurrence, [t.double() for t in x], do, **options(case))
+    return dict(zip(('o', *NAMES), map(rel, ours, true)))
+
+def against_fla(device):
+    "Relative error of the output against the public naive function, which knows only the scaled gate"
+    import warnings
+    warnings.filterwarnings('ignore')
+    from fla.ops.path_attn.naive import naive_path_attn
+    case = Case(150, HQ=2, D=32, gate=.5, scale_gate=True)
+    x, do = draw(case, device)
+    ours = graded(kernel, x, do, chunk=16, scale_gate=True)
+    true = graded(partial(naive_path_attn, scale=32**-.5), x, do)
+    return dict(zip(('o', *NAMES), map(rel, ours, true)))
+
+def packed_apart(device):
+    "Packed sequences against each of them alone: the largest difference"
+    import torch
+    case = CASES['packed']
+    x, do = draw(case, device)
+    together = graded(kernel, x, do, chunk=16, **options(case))
+    spans = [slice(a, b) for a, b in zip(case.cu, case.cu[1:]) if a < b]
+    alone = [graded(kernel, [t[:, s] for t in x], do[:, s], chunk=16) for s in spans]
+    return max((a - torch.cat(b, 1)).abs().max().item() for a, b in zip(together, zip(*alone)))
+
+def far_decay(device):
+    """A running sum of log f so large that its differences are lost in fp32: the error after it, and what fp32 would make of it"""
+    import torch
+    case = Case(100, gate=.5)
+    x, do = draw(case, device)
+    x[5][:, 40] = -1e7                                # forgets everything; what follows must not notice
+    ours, true = graded(kernel, x, do, chunk=16), graded(recurrence, [t.double() for t in x], do)
+    lost = recurrence(*x)
+    return dict(o=rel(ours[0], true[0]), gate=rel(ours[6], true[6]), single=rel(lost, true[0]))
+
+def repeats(device):
+    "Twice the same, and with the heads in another order: whether every number is the same bit for bit"
+    import torch
+    case = Case(150, HQ=4, H=4, gate=.1)
+    x, do = draw(case, device)
+    a, b = (graded(kernel, x, do, chunk=16) for _ in range(2))
+    order = torch.tensor([2, 0, 3, 1], device=device)
+    c = graded(kernel, [t[:, :, order] for t in x], do[:, :, order], chunk=16)
+    return dict(again=all(map(torch.equal, a, b)), permuted=all(torch.equal(s[:, :, order], t) for s, t in zip(a, c)))
+
+def decoded(device, T=75, gate=True, dtype='float32', C=16, rows=(0, 9)):
+    "Token by token, rows that begin at different times, a flush when a row's window is full: errors against the whole at once"
+    import torch
+    from rlcr_suite.kernels.path_attention import DecodeState, path_attention_flush, path_attention_step
+    case = Case(T, B=2, HQ=6, H=2, D=24, gate=.5 if gate else None, dtype=dtype)
+    x, _ = draw(case, device)
+    true = recurrence(*(t.double() for t in x))
+    state = DecodeState.empty(2, T, 6, 2, 24, x[0].dtype, device, gate=gate, C=C)
+    worst = 0.
+    early = T - rows[1]
+    # row 0 runs from its first token; row 1 starts when row 0 has taken `rows[1]` tokens: until then it is fed anything and forgotten
+    for t in range(T):
+        if t == rows[1]:
+            for part in state:
+                if part is not None: part[1].zero_()
+        s = max(t - rows[1], 0)
+        token = [torch.stack([z[0, t], z[1, s]]) for z in x]
+        o = path_attention_step(state, *token[:5], gate=token[5] if gate else None, splits=3)
+        worst = max(worst, rel(o[0], true[0, t]), rel(o[1], true[1, s]) if t >= rows[1] else 0.)
+        if int(state.pending.max()) == C: path_attention_flush(state)
+    return dict(worst=worst, length=state.length.tolist(), pending=state.pending.tolist())
+
+def refused(device):
+    "The words of every refusal"
+    import torch
+    from rlcr_suite.kernels.path_attention import DecodeState, path_attention, path_attention_flush, path_attention_step, supports
+    x, _ = draw(Case(20, B=2, HQ=2), device)
+    q, k, v, w, beta = x
+    words = {}
+    def attempt(name, f, *args, **kw):
+        try: f(*args, **kw)
+        except ValueError as e: words[name] = str(e)
+    wide = [torch.zeros(1, 4, 1, 160, device=device)]*4
+    attempt('shape', path_attention, q, k, v, w[..., :8], beta)
+    attempt('group', path_attention, torch.cat([q, q[:, :, :1]], 2), *(torch.cat([t, t], 2) for t in (k, v, w, beta)))
+    attempt('dtype', path_attention, q.double(), k, v, w, beta)
+    attempt('chunk', path_attention, *x, chunk=48)
+    attempt('width', path_attention, *wide, beta[:1, :4])
+    attempt('packed', path_attention, *x, cu_seqlens=torch.tensor([0, 20]))
+    attempt('lengths', path_attention, *(t[:1] for t in x), cu_seqlens=torch.tensor([0, 9]))
+    state = DecodeState.empty(2, 4, 2, 1, 16, torch.float32, device, C=16)
+    for t in range(5): path_attention_step(state, *(z[:, t] for z in x), splits=1)
+    attempt('full', path_attention_flush, state)
+    attempt('gate', path_attention_step, state, *(z[:, 0] for z in x), gate=beta[:, 0].repeat(1, 2))
+    return dict(words=words, wide=supports(*wide, beta[:1, :4]), fits=supports(*x), empty=path_attention(*(t[:, :0] for t in x)).shape == (2, 0, 2, 16))
+
+def measure():
+    "Everything, as JSON"
+    import torch, traceback
+    torch.use_deterministic_algorithms(True)           # fills what torch.empty returns with NaN
+    assert torch.empty(3).isnan().all()
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    jobs = {name: partial(against_recurrence, case) for name, case in CASES.items()}
+    jobs |= dict(fla=against_fla, apart=packed_apart, far=far_decay, repeats=repeats, decode=decoded, refused=refused,
+                 decode_plain=partial(decoded, gate=False, T=50), decode_half=partial(decoded, dtype='float16', T=60))
+    found = {}
+    only = sys.argv[1:] or list(jobs)
+    for name in only:
+        try: found[name] = jobs[name](device=device)
+        except Exception: found[name] = dict(failed=traceback.format_exc()[-1500:])
+    print(json.dumps(found))
+
+# --------------------------------------------------------------------------------------------------------------- the tests
+
+@pytest.fixture(scope='module')
+def measured()->dict:
+    "What `measure` found, interpreted where there is no GPU"
+    import torch
+    env = dict(os.environ) | ({} if torch.cuda.is_available() else dict(TRITON_INTERPRET='1')) | dict(CUBLAS_WORKSPACE_CONFIG=':4096:8')
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+def limit(name:str, what:str)->float:
+    "Rounding of the inputs' dtype, a few dozen times over; gradients of fp32 are held to what the design asks"
+    if CASES.get(name, Case(1)).dtype != 'float32': return 5e-3
+    return 2e-6 if what == 'o' else 5e-6
+
+@pytest.mark.parametrize('name', CASES)
+def test_recurrence(measured, name):
+    got = measured[name]
+    assert 'failed' not in got, got['failed']
+    assert len(got) == 6 + (CASES[name].gate is not None)
+    for what, error in got.items(): assert error <= limit(name, what), (what, error)
+
+def test_fla(measured):
+    got = measured['fla']
+    assert 'failed' not in got, got['failed']
+    for what, error in got.items(): assert error <= limit('fla', what), (what, error)
+
+def test_packed(measured):
+    "A sequence does not notice its neighbours: the same numbers bit for bit"
+    assert measured['apart'] == 0, measured['apart']
+
+def test_far_decay(measured):
+    "Differences of the running sum are kept where fp32's own would be lost"
+    got = measured['far']
+    assert 'failed' not in got, got['failed']
+    assert got['o'] <= 2e-6 and got['gate'] <= 5e-6 and got['single'] > 1e-2, got
+
+def test_repeats(measured):
+    assert measured['repeats'] == dict(again=True, permuted=True)
+
+@pytest.mark.parametrize('name, tolerance, length', [('decode', 5e-6, [64, 64]), ('decode_plain', 5e-6, [48, 48]), ('decode_half', 5e-3, [48, 48])])
+def test_decode(measured, name, tolerance, length):
+    "Every step equals the whole at once, for rows that began at different times, with and without a gate"
+    got = measured[name]
+    assert 'failed' not in got, got['failed']
+    assert got['worst'] <= tolerance, got
+
+def test_refusals(measured):
+    got = measured['refused']
+    assert 'failed' not in got, got['failed']
+    said = dict(shape='w must have the shape', group='multiple of the key heads', dtype='float64', chunk='chunk must be 16, 32 or 64, got 48',
+                width='at most 128, got 160', packed='needs B = 1', lengths='end with T = 20', full='4 places', gate='made for none')
+    assert set(got['words']) == set(said)
+    for name, words in said.items(): assert words in got['words'][name], (name, got['words'][name])
+    assert got['fits'] and got['empty'] and not got['wide']
+
+if __name__ == '__main__': measure()

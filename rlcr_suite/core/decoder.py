@@ -94,7 +94,7 @@ class Mixer(nn.Module):
         """Fill the parameters that this module itself holds; its children, `nn.Linear` and so on, are filled by their own rules. Use
         `torch.nn.init` or `transformers.initialization` on whole parameters: what a checkpoint has loaded is then left alone."""
 
-# %% ../../nbs/00_core/09_decoder.ipynb #3977e5a4
+# %% ../../nbs/00_core/09_decoder.ipynb #0e3c542b
 _MIXERS: dict[str, type[Mixer]] = {}
 
 def register_mixer(name: str, # what `DecoderConfig.mixer` calls it
@@ -102,12 +102,15 @@ def register_mixer(name: str, # what `DecoderConfig.mixer` calls it
     "Register a mixer. Raises `ValueError` if another class has the name, `TypeError` for what is no `Mixer`."
     def register(cls):
         if not (isinstance(cls, type) and issubclass(cls, Mixer)): raise TypeError(f"{cls!r} is not a subclass of Mixer")
-        had = _MIXERS.get(name)
-        if had and (had.__module__, had.__qualname__) != (cls.__module__, cls.__qualname__):      # a cell or a module run again is no other class
-            raise ValueError(f"the mixer {name!r} is {had.__module__}.{had.__qualname__} already")
-        _MIXERS[name] = cls
+        had = _MIXERS.setdefault(name, cls)
+        if not _again(had, cls): raise ValueError(f"the mixer {name!r} is {had.__module__}.{had.__qualname__} already")
+        if had.__module__ != "__main__" or cls.__module__ == "__main__": _MIXERS[name] = cls
         return cls
     return register
+
+def _again(a: type, b: type) -> bool:
+    "Whether both are one class: a cell or a module that was run again, or a notebook (`__main__`) beside the module exported from it"
+    return a.__qualname__ == b.__qualname__ and (a.__module__ == b.__module__ or "__main__" in (a.__module__, b.__module__))
 
 def _chapters() -> list[str]:
     "Modules `mixers` of the packages of this suite, whichever there are"
@@ -140,7 +143,7 @@ def rope(x: torch.Tensor, # (B, T, H, D) with D even
     cos, sin, (a, b) = angle.cos().to(x.dtype), angle.sin().to(x.dtype), x.chunk(2, -1)
     return torch.cat([a*cos - b*sin, b*cos + a*sin], -1)
 
-# %% ../../nbs/00_core/09_decoder.ipynb #0fa90eb5
+# %% ../../nbs/00_core/09_decoder.ipynb #3d7f3205
 class ShortConv(nn.Module):
     "Causal depthwise convolution, y_t = sum_i w_i x_{t-i}, with a state and for packed sequences too."
     def __init__(self, channels: int, # independent of one another
@@ -162,17 +165,17 @@ class ShortConv(nn.Module):
                ) -> tuple[torch.Tensor, torch.Tensor | None]: # (B, T, channels), and the state after x, (B or N, width-1, channels)
         B, T, past = *x.shape[:2], self.width - 1
         full = torch.cat([x.new_zeros(B, past, x.shape[-1]) if state is None else state, x], 1)
-        at = positions(cu_seqlens, T)[:, None] if cu_seqlens is not None else None
+        cu = None if cu_seqlens is None else torch.as_tensor(cu_seqlens, device=x.device)
+        at = None if cu is None else positions(cu, T)[:, None]
         y = x * self.weight[0]
         for i in range(1, self.width):
             tap = full[:, past - i:past - i + T]
             y = y + (tap if at is None else tap.where(at >= i, 0)) * self.weight[i]
         if not return_state: return y, None
-        return y, full[:, T:] if at is None else self._ends(full, cu_seqlens)
+        return y, full[:, T:] if cu is None else self._ends(full, cu)
 
-    def _ends(self, full: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    def _ends(self, full: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
         "The last inputs of every packed sequence, zero before its start"
-        cu = torch.as_tensor(cu_seqlens, device=full.device)
         back = torch.arange(self.width - 1, 0, -1, device=full.device)                    # width-1, ..., 1 before the end
         last = full[0, cu[1:, None] + self.width - 1 - back]
         return last.where((back <= cu.diff()[:, None])[..., None], 0)
@@ -217,31 +220,29 @@ class Softmax(Mixer):
                                            enable_gqa=q.shape[2] != k.shape[2])
         return o.transpose(1, 2), KVState(k, v, real, t + T)
 
-# %% ../../nbs/00_core/09_decoder.ipynb #25336e3a
+# %% ../../nbs/00_core/09_decoder.ipynb #9fc42a83
 class _Layout(NamedTuple):
     "Which tokens are real and which sequences they form; None where all are real and every row is one sequence"
     index: torch.Tensor | None = None  # (S,) the real tokens in the flattened batch
     cu: torch.Tensor | None = None     # (N+1,) where their sequences begin and end
     rows: bool = True                  # whether sequence i is row i
 
-def _layout(B: int, T: int, past: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> _Layout:
-    "What mask, positions and boundaries say together"
+def _layout(x: torch.Tensor, past: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> _Layout:
+    "What mask, positions and boundaries say together of the batch x, (B, T, ...)"
+    B, T = x.shape[:2]
     real = _real(mask, B, T, past)
     if cu_seqlens is not None:
         if B != 1 or past or real is not None: raise ValueError("cu_seqlens needs a batch of one row, no padding and no cache")
         sequences(cu_seqlens, T)
-        return _Layout(None, torch.as_tensor(cu_seqlens))
+        return _Layout(None, torch.as_tensor(cu_seqlens, device=x.device))
     starts = _restarts(position_ids, B, T, real)
-    if starts is not None:
-        if past: raise ValueError("position_ids start a new sequence within a row that continues a cache")
-        first = starts if real is None else starts | (real & (real.cumsum(1) == 1))
-        first[:, 0] = first[:, 0] | (real is None)
-        real = torch.ones_like(first) if real is None else real
-        index = real.flatten().nonzero()[:, 0]
-        begins = first.flatten()[index].nonzero()[:, 0]
-        return _Layout(index, F.pad(begins, (0, 1), value=len(index)), False)
-    if real is None: return _Layout()
-    return _Layout(real.flatten().nonzero()[:, 0], F.pad(real.sum(1).cumsum(0), (1, 0)))
+    if starts is None:
+        return _Layout() if real is None else _Layout(real.flatten().nonzero()[:, 0], F.pad(real.sum(1).cumsum(0), (1, 0)))
+    if past: raise ValueError("position_ids start a new sequence within a row that continues a cache")
+    real = torch.ones_like(starts) if real is None else real
+    index = real.flatten().nonzero()[:, 0]
+    begins = (starts | (real & (real.cumsum(1) == 1))).flatten()[index].nonzero()[:, 0]
+    return _Layout(index, F.pad(begins, (0, 1), value=len(index)), False)
 
 def _real(mask: torch.Tensor | None, B: int, T: int, past: int) -> torch.Tensor | None:
     "Which of the new tokens are real; None where all are"
@@ -331,7 +332,7 @@ def _continue(mixer: Mixer, x: torch.Tensor, state: Any, cu_seqlens: torch.Tenso
     if return_state: return packed(lambda x, s: mixer(x, s, return_state=True), cu_seqlens, x, state=state, return_state=True)
     return packed(lambda x, s: mixer(x, s)[0], cu_seqlens, x, state=state), None
 
-# %% ../../nbs/00_core/09_decoder.ipynb #0c57cf47
+# %% ../../nbs/00_core/09_decoder.ipynb #4fb8bbe3
 class DecoderPreTrainedModel(PreTrainedModel):
     "What the base model and its heads share: configuration and initial weights"
     config_class = DecoderConfig
@@ -377,7 +378,7 @@ class DecoderModel(DecoderPreTrainedModel):
         B, T = x.shape[:2]
         cache = _check_cache(past_key_values, B)
         past, states = (0, None) if cache is None else (cache.columns, cache.states)
-        layout = _layout(B, T, past, attention_mask, position_ids, cu_seqlens)
+        layout = _layout(x, past, attention_mask, position_ids, cu_seqlens)
         keep = self._keeps(use_cache, layout)
         x, new, seen = _pack(x, layout.index), [], []
         for layer, state in zip(self.layers, states or [None]*len(self.layers)):
@@ -424,7 +425,7 @@ def _targets(labels: torch.Tensor, layout: _Layout) -> torch.Tensor:
     nxt[cu[1:][cu.diff() > 0] - 1] = -100
     return torch.full_like(labels.flatten(), -100).index_copy(0, index, nxt).view_as(labels)
 
-# %% ../../nbs/00_core/09_decoder.ipynb #833bc0b4
+# %% ../../nbs/00_core/09_decoder.ipynb #6a6fd35c
 class Decoder(DecoderPreTrainedModel, GenerationMixin):
     "A causal language model with any registered mixer: trains with `Trainer`, samples with `generate`, saves and loads like every other."
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -460,7 +461,7 @@ class Decoder(DecoderPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             if logits.shape[:2] != labels.shape: raise ValueError(f"labels {tuple(labels.shape)} do not fit the logits {tuple(logits.shape[:2])}")
-            after = _targets(labels, _layout(*x.shape[:2], past, attention_mask, position_ids, cu_seqlens))
+            after = _targets(labels, _layout(x, past, attention_mask, position_ids, cu_seqlens))
             loss = self.loss_function(logits=logits, labels=labels, shift_labels=after, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states)
 

@@ -117,7 +117,7 @@ class TestConfig:
                                mixer_kwargs={"width": 4}, pad_token_id=0, eos_token_id=[1, 2])
         config.save_pretrained(tmp_path)
         again = AutoConfig.from_pretrained(tmp_path)
-        assert type(again) is DecoderConfig and again.to_dict() == config.to_dict() and again.mixers == config.mixer and again.head_dim == 4
+        assert type(again) is DecoderConfig and again.to_dict() | {'_name_or_path': ''} == config.to_dict() and again.mixers == config.mixer and again.head_dim == 4
         assert not {"auto_map", "architectures_module"} & set(json.loads((tmp_path/"config.json").read_text()))
 
     @pytest.mark.parametrize("fields, said", [(dict(hidden_size=30), "30 is no multiple of num_attention_heads 4"), (dict(num_key_value_heads=3), "no multiple of num_key_value_heads 3"),
@@ -136,9 +136,13 @@ def llama(model):
                                         num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim,
                                         max_position_embeddings=c.max_position_embeddings, rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_word_embeddings,
                                         rope_theta=c.rope_theta, pad_token_id=None, bos_token_id=None, eos_token_id=None)).to(model.dtype).eval()
-    names = dict(mixer_norm="input_layernorm", mlp_norm="post_attention_layernorm", mixer="self_attn")
-    twin.load_state_dict({".".join(names.get(part, part) for part in n.split(".")): p for n, p in model.state_dict().items()})
+    twin.load_state_dict({in_llama(n): p for n, p in model.state_dict().items()})
     return twin
+
+def in_llama(name):
+    "What Llama calls a parameter"
+    names = dict(mixer_norm="input_layernorm", mlp_norm="post_attention_layernorm", mixer="self_attn")
+    return ".".join(names.get(part, part) for part in name.split("."))
 
 
 class TestAgainstTransformers:
@@ -148,7 +152,9 @@ class TestAgainstTransformers:
         twin, x = llama(model), tokens(3, 40)
         with torch.no_grad(): same(model(x).logits, twin(x).logits, 2e-5, "logits")
         for m in (model, twin): m(input_ids=x, labels=x).loss.backward()
-        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True): same(p.grad, q.grad, 2e-4, name)
+        theirs = dict(twin.named_parameters())
+        assert {in_llama(n) for n, _ in model.named_parameters()} == set(theirs)
+        for name, p in model.named_parameters(): same(p.grad, theirs[in_llama(name)].grad, 2e-4, name)
 
     def test_generation_is_that_of_llama(self):
         model = make("softmax", torch.float64)
@@ -207,7 +213,8 @@ class TestShortConv:
 
 class TestInputs:
     @pytest.fixture(scope="class")
-    def model(self): return make("test_decay")
+    @classmethod
+    def model(cls): return make("test_decay")
 
     def test_padding_is_not_computed(self, model):
         seen, x, mask = [], tokens(3, 10), torch.ones(3, 10, dtype=torch.long)
@@ -259,7 +266,7 @@ class TestInputs:
         x = tokens(2, 6)
         e = model.get_input_embeddings()(x)
         assert torch.equal(model(inputs_embeds=e).logits, model(x).logits)
-        kw = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+        kw = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(x))
         assert torch.equal(model.generate(inputs_embeds=e, **kw), model.generate(x, **kw)[:, 6:])
 
     def test_logits_to_keep_and_hidden_states(self, model):
@@ -293,6 +300,7 @@ class TestLoss:
 
 
 class TestCache:
+    @torch.no_grad()
     def test_rows_are_chosen_repeated_and_reordered(self):
         model, x, mask = make(["softmax", "test_decay"]), tokens(4, 7), torch.ones(4, 7, dtype=torch.long)
         mask[1, :3] = 0
@@ -317,9 +325,9 @@ class TestCache:
 
     def test_a_conversation_goes_on_from_its_cache(self):
         model, x = make(["softmax", "test_decay"]), tokens(2, 12)
-        out = model.generate(x[:, :6], max_new_tokens=3, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+        out = model.generate(x[:, :6], max_new_tokens=3, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(x[:, :6]), return_dict_in_generate=True)
         longer = torch.cat([out.sequences, x[:, 6:]], 1)
-        kw = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+        kw = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(longer))
         assert torch.equal(model.generate(longer, past_key_values=out.past_key_values, **kw), model.generate(longer, **kw))
 
 
@@ -329,7 +337,8 @@ PROMPTS = ["red", "red green blue. Which colour?", "none none none", [{"role": "
 
 class TestCoreLM:
     @pytest.fixture(scope="class", params=["softmax", "test_decay"])
-    def model(self, request): return tiny_decoder(TOK, request.param, hidden_size=32, layers=2, heads=4, intermediate_size=48, initializer_range=.25, seed=2)
+    @classmethod
+    def model(cls, request): return tiny_decoder(TOK, request.param, hidden_size=32, layers=2, heads=4, intermediate_size=48, initializer_range=.25, seed=2)
 
     def test_greedy_in_a_batch_is_greedy_alone(self, model):
         alone = [generate(model, TOK, [p], max_new_tokens=9, temperature=0)[0] for p in PROMPTS]
@@ -369,15 +378,15 @@ class TestTraining:
     @pytest.mark.parametrize("mixer, checkpointing", [("softmax", False), ("test_decay", True)])
     def test_trainer(self, mixer, checkpointing, tmp_path):
         pytest.importorskip("accelerate")
-        model = tiny_decoder(VOCAB, mixer, hidden_size=32, intermediate_size=48, pad_token_id=0, seed=0)
-        args = TrainingArguments(str(tmp_path), max_steps=30, per_device_train_batch_size=8, learning_rate=1e-2, use_cpu=True, report_to=[], logging_steps=10, save_steps=30,
-                                 disable_tqdm=True, gradient_checkpointing=checkpointing, dataloader_pin_memory=False, seed=0)
+        model = tiny_decoder(VOCAB, mixer, hidden_size=32, intermediate_size=48, pad_token_id=0, initializer_range=.1, seed=0)
+        args = TrainingArguments(str(tmp_path), max_steps=60, per_device_train_batch_size=8, learning_rate=1e-2, use_cpu=True, report_to=[], logging_steps=60, save_steps=60,
+                                 disable_tqdm=True, activation_checkpointing=checkpointing, dataloader_pin_memory=False, seed=0)
         trainer = Trainer(model, args, train_dataset=self.rows(), eval_dataset=self.rows()[:9], data_collator=self.collate)
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
-        assert before > 2.5 and after < .6, "the first token of a row tells all that follow"
-        again = AutoModelForCausalLM.from_pretrained(tmp_path/"checkpoint-30")
+        assert before > 2.5 and after < .5, "the first token of a row tells all that follow"
+        again = AutoModelForCausalLM.from_pretrained(tmp_path/"checkpoint-60")
         batch = self.collate(self.rows()[:9])
         assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
 

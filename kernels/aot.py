@@ -11,8 +11,7 @@ compiles (`TRITON_INTERPRET`); `report` therefore compiles in a process of its o
 """
 import importlib, json, os, re, subprocess, sys, tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 import triton
@@ -87,6 +86,11 @@ class Compiled:
         return "+".join(name for name, pattern in names.items() if self.count(pattern)) or "-"
 
     @property
+    def atomics(self)->int:
+        "Atomic operations on memory in the code. Sums by atomics have no fixed order: a deterministic kernel has none."
+        return self.count(r"^\s*(@%?\w+\s+)?(atom|red)(\.async)?\.", "ptx")
+
+    @property
     def resident(self)->int:
         "Programs that fit on one multiprocessor at once, by registers, shared memory and threads."
         per_warp = -(-self.registers*32 // 256)*256 # registers are handed out in units of 256 a warp
@@ -98,7 +102,7 @@ class Compiled:
     def row(self)->dict:
         "The figures without the code, as plain types."
         names = ("label", "capability", "num_warps", "num_stages", "registers", "spill_stores", "spill_loads", "stack", "shared",
-                 "tensor_memory", "matmul", "resident")
+                 "tensor_memory", "matmul", "atomics", "resident")
         return {name: getattr(self, name) for name in names}
 
 def _local_bytes(sass:str, op:str)->int:

@@ -11,7 +11,8 @@ A sequence is cut into chunks of C tokens. Chunk n looks back at one *node* for 
 their parent by  Z = exp(D_right) P_right Z_left + Z_right,  P = P_right P_left.  So
 
     forward    _solve (delta: a triangular inverse a chunk) -> _state (leaves) -> _merge (a launch a level) -> _output
-    backward   _transport (delta: q seen from every node) -> _query_grad -> _node_grad -> _split (_merge reversed) -> _chunk_grad
+    backward   _transport (delta: q seen from every node) -> _query_grad -> _node_grad -> _split (_merge reversed)
+               -> _value_grad -> _solve_grad (delta) -> _key_grad
 
 where every launch runs all chunks or all nodes of a level at once: nothing is serial over T. There are no atomics and every sum has
 a fixed order, so gradients repeat bit for bit. Memory is O(T), and O(T log T) in the delta form's backward. Nodes are merged in
@@ -110,7 +111,7 @@ def _solve_kernel(k, beta, inverse, chunks, R, G, H, K: tl.constexpr, C: tl.cons
     level = _level(C, LOG)
     below = tl.where(i[:, None] > i[None, :], tl.dot(key, tl.trans(key), input_precision=PRECISION)*b[:, None], 0.)
     x = tl.where(level == 0, 1., 0.) - tl.where(level == 1, below, 0.)
-    for l in tl.static_range(2, LOG + 1):
+    for l in range(2, LOG + 1):
         step = tl.dot(tl.where(level == l, below, 0.), x, input_precision="tf32x3")
         x -= tl.dot(x, step, input_precision="tf32x3")
     _put_matrix(inverse, x, c*H + h, 0, 0, C, C, C, C)
@@ -279,25 +280,29 @@ def _query_grad_kernel(q, g, lam, do, z, p, total, seen, dseen, weights, after, 
     tl.store(row_sum + rows*H + h, sums, mask=ok)
 
 @triton.jit
+def _weighted(do, weights, rows, ok, h, H, e, first, V: tl.constexpr, C: tl.constexpr, BN: tl.constexpr):
+    "weight * do for the tokens of one entry: (C, BN)"
+    return _tile(do, rows, ok, h, H, first, V, BN)*tl.load(weights + e.to(tl.int64)*C + tl.arange(0, C))[:, None]
+
+@triton.jit
 def _node_grad_kernel(q, do, seen, dseen, weights, after, dz_part, dp_part, dd_part, chunks, segments, pairs, R, G, H,
                       K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, DELTA: tl.constexpr,
                       PRECISION: tl.constexpr):
     "What a node gets from up to `SEGMENT` of the chunks that look at it: dZ += q' (weight * do), dP += q' dq_behind"
     i, h, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    rows_c = tl.arange(0, C)
     acc = tl.zeros([BK, BN], tl.float32)
     far = 0.
     tiles: tl.constexpr = (V + BN - 1)//BN
     for j in range(tl.load(segments + i*2), tl.load(segments + i*2 + 1)):
         c, e = tl.load(pairs + j*2), tl.load(pairs + j*2 + 1)*H + h
         rows, ok = _tokens(chunks, c, C)
-        if DELTA: left = _matrix(seen, e, 0, 0, C, K, C, BK)
-        else: left = _tile(q, rows, ok, h//R, G, 0, K, BK)
-        if n < tiles:
-            weight = tl.load(weights + e.to(tl.int64)*C + rows_c)
-            right = (_tile(do, rows, ok, h, H, n*BN, V, BN)*weight[:, None]).to(left.dtype)
+        if DELTA:
+            left = _matrix(seen, e, 0, 0, C, K, C, BK)
+            if n < tiles: right = _weighted(do, weights, rows, ok, h, H, e, n*BN, V, C, BN).to(left.dtype)
+            else: right = _matrix(dseen, e, 0, (n - tiles)*BN, C, K, C, BN)
         else:
-            right = _matrix(dseen, e, 0, (n - tiles)*BN, C, K, C, BN)
+            left = _tile(q, rows, ok, h//R, G, 0, K, BK)
+            right = _weighted(do, weights, rows, ok, h, H, e, n*BN, V, C, BN).to(left.dtype)
         acc += tl.dot(tl.trans(left), right, input_precision=PRECISION)
         far += tl.load(after + e)
     if n < tiles: _put_matrix(dz_part, acc, i*H + h, 0, n*BN, K, V, BK, BN)
@@ -366,51 +371,49 @@ def _split_kernel(z, p, total, dz, dp, dd, dz_part, dp_part, dd_part, splits, H,
         tl.store(dd + me.to(tl.int64)*(TILES + 1) + TILES, far)
 
 @triton.jit
-def _chunk_grad_kernel(q, k, v, g, lam, beta, inverse, do, dz, dp, dd, dseen, row_sum, dq, dk, dv, dg, dlam, dbeta, chunks, leaf,
+def _value_grad_kernel(q, k, v, g, lam, beta, inverse, do, dz, dd, row_sum, dv, dg, dlam, dhat, dattention, attention_out, chunks, leaf,
                        ancestors, LEVELS, R, G, H, L, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG: tl.constexpr,
                        BK: tl.constexpr, BN: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr):
-    "Inside a chunk: from the gradients of its output, of its leaf and of the queries that leave it to those of all inputs"
+    """Inside a chunk, what runs over the values: dv, dg, dlam, and the gradients of the attention matrix A (chunks,H,C,C) and of the
+    (transported) keys that the leaf is made of, dhat (T,H,K). The delta form's A is kept for the last kernel."""
     c, h = tl.program_id(0), tl.program_id(1)
     rows, ok = _tokens(chunks, c, C)
     i = tl.arange(0, C)
-    lower = i[:, None] >= i[None, :]
     gate = tl.load(g + rows*H + h, mask=ok, other=0.)
     a, last = tl.cumsum(gate, 0), tl.sum(gate, 0)
     till_end = tl.exp(last - a)
     node = tl.load(leaf + c)
-    inside = node >= 0
     slot = tl.maximum(node, 0)*H + h
     query, key = _tile(q, rows, ok, h//R, G, 0, K, BK), _tile(k, rows, ok, h//R, G, 0, K, BK)
-    s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    attention = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     if DELTA:
         b = tl.load(beta + rows*H + h, mask=ok, other=0.)
-        x = _matrix(inverse, c*H + h, 0, 0, C, C, C, C)
-        t = (x*b[None, :]).to(key.dtype)
-        s = tl.where(lower, s, 0.).to(key.dtype)
-        attention = tl.dot(s, t, input_precision=PRECISION)
+        t = (_matrix(inverse, c*H + h, 0, 0, C, C, C, C)*b[None, :]).to(key.dtype)
+        attention = tl.where(i[:, None] >= i[None, :], attention, 0.).to(key.dtype)
+        attention = tl.dot(attention, t, input_precision=PRECISION)
+        _put_matrix(attention_out, attention, c*H + h, 0, 0, C, C, C, C)
         hat = tl.dot(tl.trans(t), key, input_precision=PRECISION).to(key.dtype)
     else:
-        attention = s
         hat = key
     level = _level(C, LOG)
     decay = _decay(a, C)
     chosen = _level_weights(lam, rows, ok, h, H, L, level, C, LOG)
     mixed = (attention*decay*chosen).to(key.dtype)
-    dmixed = tl.zeros([C, C], tl.float32)
-    dhat = tl.zeros([C, BK], tl.float32)
+    grad = tl.zeros([C, C], tl.float32)
+    back = tl.zeros([C, BK], tl.float32)
     column = tl.zeros([C], tl.float32)
     for col in range(0, V, BN):
         value, right = _tile(v, rows, ok, h, H, col, V, BN), _tile(do, rows, ok, h, H, col, V, BN)
-        dmixed += tl.dot(right, tl.trans(value), input_precision=PRECISION)
-        dstate = _matrix(dz, slot, 0, col, K, V, BK, BN, inside).to(key.dtype)
-        dhat += tl.dot(value, tl.trans(dstate), input_precision=PRECISION)
+        grad += tl.dot(right, tl.trans(value), input_precision=PRECISION)
+        dstate = _matrix(dz, slot, 0, col, K, V, BK, BN, node >= 0).to(key.dtype)
+        back += tl.dot(value, tl.trans(dstate), input_precision=PRECISION)
         later = tl.dot(hat, dstate, input_precision=PRECISION)*till_end[:, None]
         column += tl.sum(value.to(tl.float32)*later, 1)
         later += tl.dot(tl.trans(mixed), right, input_precision=PRECISION)
         _put(dv, later, rows, ok, h, H, col, V, BN)
-    dhat *= till_end[:, None]
-    dmixed *= decay
-    products = dmixed*attention
+    _put(dhat, back*till_end[:, None], rows, ok, h, H, 0, K, BK)
+    grad *= decay
+    products = grad*attention
     for l in tl.static_range(LOG + 1):
         tl.store(dlam + (rows*H + h)*L + l, tl.sum(tl.where(level == l, products, 0.), 1), mask=ok & (l < L))
     products *= chosen
@@ -420,33 +423,69 @@ def _chunk_grad_kernel(q, k, v, g, lam, beta, inverse, do, dz, dp, dd, dseen, ro
         ancestor = tl.load(ancestors + c*LEVELS + l)
         if ancestor >= 0: across += tl.load(dd + ancestor*H + h)
     tl.store(dg + rows*H + h, tl.cumsum(da, 0, reverse=True) + tl.cumsum(column, 0) - column + across, mask=ok)
-    dattention = (dmixed*chosen).to(key.dtype)
-    dquery = _tile(dseen, rows, ok, h, H, 0, K, BK)
+    _put_matrix(dattention, grad*chosen, c*H + h, 0, 0, C, C, C, C)
+
+@triton.jit
+def _solve_grad_kernel(q, k, beta, inverse, dp, leaving, dhat, dattention, dsolve, dbeta, chunks, leaf, R, G, H, K: tl.constexpr,
+                       C: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """Back through the triangular inverse of the delta form. With S = tril(Q K'), T = inverse diag(beta), A = S T, Kh = T' K, P = I - Kh' K and
+    queries that leave as Q - A K: dhat gets what P gives, dattention turns from that of A into that of S, dsolve is N's, times beta."""
+    c, h = tl.program_id(0), tl.program_id(1)
+    rows, ok = _tokens(chunks, c, C)
+    i = tl.arange(0, C)
+    lower = i[:, None] >= i[None, :]
+    node = tl.load(leaf + c)
+    slot = tl.maximum(node, 0)*H + h
+    key = _tile(k, rows, ok, h//R, G, 0, K, BK)
+    s, gram = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    dt = tl.zeros([C, C], tl.float32)
+    da = _matrix(dattention, c*H + h, 0, 0, C, C, C, C).to(tl.float32)
+    for col in range(0, K, BN):
+        right = tl.trans(_tile(k, rows, ok, h//R, G, col, K, BN))
+        s += tl.dot(_tile(q, rows, ok, h//R, G, col, K, BN), right, input_precision=PRECISION)
+        gram += tl.dot(tl.trans(right), right, input_precision=PRECISION)
+        da -= tl.dot(_tile(leaving, rows, ok, h, H, col, K, BN), right, input_precision=PRECISION)
+        dtransition = _matrix(dp, slot, col, 0, K, K, BN, BK, node >= 0).to(key.dtype)
+        back = _tile(dhat, rows, ok, h, H, col, K, BN).to(tl.float32)
+        back = (back - tl.dot(key, tl.trans(dtransition), input_precision=PRECISION)).to(key.dtype)
+        _put(dhat, back, rows, ok, h, H, col, K, BN)
+        dt += tl.dot(tl.trans(right), tl.trans(back), input_precision=PRECISION)
+    b = tl.load(beta + rows*H + h, mask=ok, other=0.)
+    x = _matrix(inverse, c*H + h, 0, 0, C, C, C, C)
+    left = da.to(key.dtype)
+    dt = tl.where(lower, dt + tl.dot(tl.trans(tl.where(lower, s, 0.).to(key.dtype)), left, input_precision=PRECISION), 0.)
+    ds = tl.dot(left, tl.trans((x*b[None, :]).to(key.dtype)), input_precision=PRECISION)
+    _put_matrix(dattention, tl.where(lower, ds, 0.), c*H + h, 0, 0, C, C, C, C)
+    db = tl.sum(dt*x, 0)
+    dn = tl.dot(dt*b[None, :], tl.trans(x), input_precision="tf32x3")
+    dn = tl.where(i[:, None] > i[None, :], -tl.dot(tl.trans(x), dn, input_precision="tf32x3"), 0.)
+    tl.store(dbeta + rows*H + h, db + tl.sum(dn*gram, 1), mask=ok)
+    _put_matrix(dsolve, dn*b[:, None], c*H + h, 0, 0, C, C, C, C)
+
+@triton.jit
+def _key_grad_kernel(q, k, beta, inverse, attention, dp, leaving, dhat, ds, dsolve, dq, dk, chunks, leaf, R, G, H, K: tl.constexpr,
+                     C: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr):
+    "The last step: dq and dk, one tile of columns a program"
+    c, h, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows, ok = _tokens(chunks, c, C)
+    query, key = _tile(q, rows, ok, h//R, G, n*BN, K, BN), _tile(k, rows, ok, h//R, G, n*BN, K, BN)
+    grad = _matrix(ds, c*H + h, 0, 0, C, C, C, C)
+    out, back = _tile(leaving, rows, ok, h, H, n*BN, K, BN), _tile(dhat, rows, ok, h, H, n*BN, K, BN)
     if DELTA:
-        dtransition = _matrix(dp, slot, 0, 0, K, K, BK, BK, inside).to(key.dtype)
-        dhat = (dhat - tl.dot(key, tl.trans(dtransition), input_precision=PRECISION)).to(key.dtype)
-        dkey = -tl.dot(hat, dtransition, input_precision=PRECISION)
-        dattention = (dattention - tl.dot(dquery, tl.trans(key), input_precision=PRECISION)).to(key.dtype)
-        dkey -= tl.dot(tl.trans(attention.to(key.dtype)), dquery, input_precision=PRECISION)
-        dkey += tl.dot(t, dhat, input_precision=PRECISION)
-        dt = tl.dot(tl.trans(s), dattention, input_precision=PRECISION)
-        dt += tl.dot(key, tl.trans(dhat), input_precision=PRECISION)
-        dt = tl.where(lower, dt, 0.)
-        ds = tl.where(lower, tl.dot(dattention, tl.trans(t), input_precision=PRECISION), 0.).to(key.dtype)
-        db = tl.sum(dt*x, 0)
-        dn = tl.dot(dt*b[None, :], tl.trans(x), input_precision="tf32x3")
-        dn = tl.where(i[:, None] > i[None, :], -tl.dot(tl.trans(x), dn, input_precision="tf32x3"), 0.)
-        db += tl.sum(dn*tl.dot(key, tl.trans(key), input_precision=PRECISION), 1)
-        tl.store(dbeta + rows*H + h, db, mask=ok)
-        dn = (dn*b[:, None]).to(key.dtype)
-        dkey += tl.dot(dn, key, input_precision=PRECISION)
-        dkey += tl.dot(tl.trans(dn), key, input_precision=PRECISION)
+        node = tl.load(leaf + c)
+        t = (_matrix(inverse, c*H + h, 0, 0, C, C, C, C)*tl.load(beta + rows*H + h, mask=ok, other=0.)[None, :]).to(key.dtype)
+        dtransition = _matrix(dp, tl.maximum(node, 0)*H + h, 0, n*BN, K, K, BK, BN, node >= 0).to(key.dtype)
+        seen = tl.dot(_tile(k, rows, ok, h//R, G, 0, K, BK), dtransition, input_precision=PRECISION).to(key.dtype)
+        dkey = tl.dot(t, back, input_precision=PRECISION) - tl.dot(tl.trans(t), seen, input_precision=PRECISION)
+        dkey -= tl.dot(tl.trans(_matrix(attention, c*H + h, 0, 0, C, C, C, C)), out, input_precision=PRECISION)
+        step = _matrix(dsolve, c*H + h, 0, 0, C, C, C, C)
+        dkey += tl.dot(step, key, input_precision=PRECISION)
+        dkey += tl.dot(tl.trans(step), key, input_precision=PRECISION)
     else:
-        ds = dattention
-        dkey = dhat
-    dkey += tl.dot(tl.trans(ds), query, input_precision=PRECISION)
-    _put(dk, dkey, rows, ok, h, H, 0, K, BK)
-    _put(dq, dquery.to(tl.float32) + tl.dot(ds, key, input_precision=PRECISION), rows, ok, h, H, 0, K, BK)
+        dkey = back.to(tl.float32)
+    dkey += tl.dot(tl.trans(grad), query, input_precision=PRECISION)
+    _put(dk, dkey, rows, ok, h, H, n*BN, K, BN)
+    _put(dq, out.to(tl.float32) + tl.dot(grad, key, input_precision=PRECISION), rows, ok, h, H, n*BN, K, BN)
 
 # ------------------------------------------------------------------------------------------------------------------------- decoding
 
@@ -644,7 +683,7 @@ def _forward(z:_Sizes, plan:Schedule, q, k, v, g, lam, beta)->tuple:
                 BLOCK=z.BLOCK, **common)
     o = torch.empty_like(v)
     _launch(_output_kernel, (n, z.H, triton.cdiv(z.V, z.BN)), (q, k, v, g, lam, beta, inverse, state_r, transition_r, total, o, plan.chunks,
-            plan.nodes, plan.levels, z.R, z.G, z.H, z.L), z.warps, C=z.C, LOG=z.LOG, BK=z.BK, **common)
+            plan.nodes, plan.levels, z.R, z.G, z.H, z.L), 8 if z.delta and z.BK > 64 else 4, C=z.C, LOG=z.LOG, BK=z.BK, **common)
     return o, (state, transition, total), (inverse, state_r, transition_r, total)
 
 def _backward(z:_Sizes, plan:Schedule, q, k, v, g, lam, beta, inverse, state, transition, total, do)->tuple:
@@ -672,10 +711,18 @@ def _backward(z:_Sizes, plan:Schedule, q, k, v, g, lam, beta, inverse, state, tr
         _launch(_split_kernel, (len(level), z.H, rows), (state, transition, total, dz, dp, dd, dz_part, dp_part, dd_part, level, z.H, tiles), 4,
                 K=z.K, V=z.V, BM=z.BM, BN=z.BN, BLOCK=z.BLOCK, DELTA=z.delta, PRECISION=z.precision)
     del seen, dseen, weights, after, dz_part, dp_part, dd_part
+    dv, dg, dbeta = torch.empty_like(v), torch.empty_like(g), torch.empty_like(g)
+    dhat, dattention = new(*wide, dtype=z.dtype), new(n, z.H, z.C, z.C, dtype=z.dtype)
+    attention, dsolve = (new(n, z.H, z.C, z.C, dtype=z.dtype) for _ in range(2)) if z.delta else (none, none)
+    _launch(_value_grad_kernel, (n, z.H), (q, k, v, g, lam, beta, inverse, do, dz, dd.sum(-1), row_sum, dv, dg, dlam, dhat, dattention, attention,
+            plan.chunks, plan.leaf, plan.ancestors, plan.ancestors.shape[1], z.R, z.G, z.H, z.L), 8, LOG=z.LOG, **(common | dict(BN=min(z.BN, 32)))) # narrow: at 64 it spills more
+    tiles = dict(K=z.K, C=z.C, BK=z.BK, BN=min(z.BN, z.BK), PRECISION=z.precision)
+    if z.delta: _launch(_solve_grad_kernel, (n, z.H), (q, k, beta, inverse, dp, leaving, dhat, dattention, dsolve, dbeta, plan.chunks, plan.leaf,
+                        z.R, z.G, z.H), 8, **tiles)
     dtype = z.dtype if z.R == 1 else torch.float32 # summed over the heads that share q and k
-    dq, dk, dv, dg, dbeta = new(*wide, dtype=dtype), new(*wide, dtype=dtype), torch.empty_like(v), torch.empty_like(g), torch.empty_like(g)
-    _launch(_chunk_grad_kernel, (n, z.H), (q, k, v, g, lam, beta, inverse, do, dz, dp, dd.sum(-1), leaving, row_sum, dq, dk, dv, dg, dlam, dbeta,
-            plan.chunks, plan.leaf, plan.ancestors, plan.ancestors.shape[1], z.R, z.G, z.H, z.L), 8, LOG=z.LOG, **common)
+    dq, dk = new(*wide, dtype=dtype), new(*wide, dtype=dtype)
+    _launch(_key_grad_kernel, (n, z.H, triton.cdiv(z.K, tiles["BN"])), (q, k, beta, inverse, attention, dp, leaving, dhat, dattention, dsolve, dq, dk,
+            plan.chunks, plan.leaf, z.R, z.G, z.H), 4, DELTA=z.delta, **tiles)
     return dq, dk, dv, dg, dlam, dbeta
 
 class _LogLinear(torch.autograd.Function):

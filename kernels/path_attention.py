@@ -141,29 +141,27 @@ def _dot(a, b, PREC: tl.constexpr):
     return tl.dot(a, b, input_precision=PREC)
 
 @triton.jit
-def _join(x, n, s: tl.constexpr, C: tl.constexpr):
-    "From the inverses of blocks of size s to those of size 2s: [[A, 0], [E, B]]^-1 = [[A^-1, 0], [-B^-1 E A^-1, B^-1]], all pairs at once"
-    i = tl.arange(0, C)
-    pair = (i[:, None]//(2*s) == i[None, :]//(2*s)) & (i[:, None]//s > i[None, :]//s)
-    return x - _dot(_dot(x, tl.where(pair, n, 0.), 'tf32x3'), x, 'tf32x3')
-
-@triton.jit
 def _unit_lower_inverse(n, C: tl.constexpr):
-    "(I + n)^-1 for strictly lower n (C, C): 16 x 16 diagonal blocks by substitution, then joined in pairs"
-    S: tl.constexpr = 16
-    G: tl.constexpr = C // S
+    "(I + n)^-1 for strictly lower n (C, C): diagonal blocks by substitution, and [[A, 0], [E, B]]^-1 = [[A^-1, 0], [-B^-1 E A^-1, B^-1]]"
+    S: tl.constexpr = C if C < 64 else 32
+    G: tl.constexpr = C // S                                                     # diagonal blocks, 1 or 2
     g, i = tl.arange(0, G), tl.arange(0, S)
+    n = tl.reshape(n, (G, S, G, S))
     own = (g[:, None] == g[None, :])[:, None, :, None]                           # (G, 1, G, 1)
-    diag = tl.sum(tl.where(own, tl.reshape(n, (G, S, G, S)), 0.), axis=2)        # (G, S, S)
+    diag = tl.sum(tl.where(own, n, 0.), axis=2)                                  # (G, S, S)
     x = tl.zeros((G, S, S), tl.float32) + tl.where(i[:, None] == i[None, :], 1., 0.)[None, :, :]
     for r in range(1, S):
         here = (i == r)[None, :, None]
         row = tl.sum(tl.where(here, diag, 0.), axis=1)                           # (G, S), row r of every block
         x = tl.where(here, x - tl.sum(row[:, :, None]*x, axis=1)[:, None, :], x)
-    x = tl.reshape(tl.where(own, x[:, :, None, :], 0.), (C, C))
-    if C >= 32: x = _join(x, n, 16, C)
-    if C >= 64: x = _join(x, n, 32, C)
-    return x
+    full = tl.where(own, x[:, :, None, :], 0.)
+    if G == 2:
+        low = (g[:, None] > g[None, :])[:, None, :, None]
+        e = tl.sum(tl.sum(tl.where(low, n, 0.), axis=2), axis=0)
+        a = tl.sum(tl.where((g == 0)[:, None, None], x, 0.), axis=0)
+        b = tl.sum(tl.where((g == 1)[:, None, None], x, 0.), axis=0)
+        full -= tl.where(low, _dot(_dot(b, e, 'ieee'), a, 'ieee')[None, :, None, :], 0.)
+    return tl.reshape(full, (C, C))
 
 @triton.jit
 def _tile(x, base, i, d, live, W: tl.constexpr, D: tl.constexpr):
@@ -182,9 +180,10 @@ def _square(x, base, i, j, W: tl.constexpr):
 
 @triton.jit
 def _decay(c, base, plane, t, ref, live):
-    "c_t - c_ref from the running sum's high and low part, each (plane) apart: exact to fp32 however large the sum has grown"
+    "c_t - c_ref, 0 where not live, from the sum's high and low part, `plane` apart: exact to fp32 however large the sum has grown"
     hi = tl.load(c + base + t, mask=live, other=0.) - tl.load(c + base + ref)
-    return hi + (tl.load(c + plane + base + t, mask=live, other=0.) - tl.load(c + plane + base + ref))
+    lo = tl.load(c + plane + base + t, mask=live, other=0.) - tl.load(c + plane + base + ref)
+    return tl.where(live, hi + lo, 0.)
 
 @triton.jit
 def _prepare_kernel(q, k, w, beta, c, leaf, logits, qt, kt, p, inv, T, N, nodes, plane, scale, gscale, # scales times log2(e)
@@ -216,8 +215,9 @@ def _prepare_kernel(q, k, w, beta, c, leaf, logits, qt, kt, p, inv, T, N, nodes,
         qw = tl.where(causal, _dot(qq, tl.trans(wt), PREC), 0.)
         a = (_dot(qq, tl.trans(kk), PREC) - _dot(qw, u, PREC))*scale
         if GATE:
-            decay = _decay(c, (b*HQ + hq)*T, plane, first + i, first, live)*gscale
-            a += decay[:, None] - decay[None, :]
+            at = c + (b*HQ + hq)*T + first + i
+            hi, lo = tl.load(at, mask=live, other=0.), tl.load(at + plane, mask=live, other=0.)
+            a += ((hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :]))*gscale
         tl.store(_square(logits, m*C*C, i, i, C), tl.where(causal, a, float('-inf')))
         _put(qt, m*C*BD, i, d, every, qq - _dot(qw, y, PREC), BD, BD)
 
@@ -290,7 +290,7 @@ def _forward_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, T, N, q_slots, k
         s = _dot(qq, tl.trans(kk), PREC)*scale
         if GATE:
             ref = first + C - 1
-            s += (_decay(c, cbase, plane, first + i, ref, live)[:, None] - _decay(c, cbase, plane, first + j, ref, j >= 0)[None, :])*gscale
+            s += (_decay(c, cbase, plane, first + i, ref, upper & live)[:, None] - _decay(c, cbase, plane, first + j, ref, j >= 0)[None, :])*gscale
         acc, m, l = _online(acc, m, l, tl.where(upper[:, None], s, float('-inf')), v0, PREC)
     # all other levels: both leaves see the whole of the same Left nodes
     jj = tl.arange(0, BN)
@@ -345,7 +345,7 @@ def _query_grad_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, do, delta, dl
         s = _dot(qq, tl.trans(kk), PREC)*scale
         if GATE:
             ref = first + C - 1
-            s += (_decay(c, cbase, plane, first + i, ref, live)[:, None] - _decay(c, cbase, plane, first + j, ref, j >= 0)[None, :])*gscale
+            s += (_decay(c, cbase, plane, first + i, ref, upper & live)[:, None] - _decay(c, cbase, plane, first + j, ref, j >= 0)[None, :])*gscale
         ds = tl.where(upper[:, None], tl.exp2(s - z[:, None])*(g0 - dd[:, None]), 0.)
         dcq += tl.sum(ds, 1)
         _put(dxq, qbase + (q0 - C).to(tl.int64)*BD, i, d, upper, _dot(ds.to(kk.dtype), kk, PREC), BD, BD)
@@ -846,14 +846,13 @@ def _cache_kernel(qt, ks, vs, length, ds, total, part, high, low, splits, S, sca
     # two products of low precision hold the query as exactly as fp32 would
     q0 = qq.to(ks.dtype.element_ty)
     q1 = (qq - q0.to(tl.float32)).to(ks.dtype.element_ty)
-    base = (b*S*H + h)*D
     m, l = tl.full((BR,), float('-inf'), tl.float32), tl.zeros((BR,), tl.float32)
     acc = tl.zeros((BR, BD), tl.float32)
     if GATE: now = tl.load(total + hq, mask=mine, other=0.)
     for at in range(begin, stop, BN):
         live = at + i < stop
-        kk = _tile(ks, base + at.to(tl.int64)*H*D, i, d, live, H*D, D)
-        vv = _tile(vs, base + at.to(tl.int64)*H*D, i, d, live, H*D, D)
+        kk = _tile(ks, ((b*S + at)*H + h)*D, i, d, live, H*D, D)
+        vv = _tile(vs, ((b*S + at)*H + h)*D, i, d, live, H*D, D)
         s = _dot(q0, tl.trans(kk), 'tf32x3')
         if q1.dtype != tl.float32: s += _dot(q1, tl.trans(kk), 'tf32x3')
         s *= scale

@@ -65,9 +65,9 @@ def recurrence(q, k, v, w, beta, gate=None, *, scale=None, scale_gate=False, cu_
     return torch.stack(out, 1)
 
 def rel(a, b):
-    "Relative error of a, in the 2-norm"
+    "Relative error of a in the 2-norm; the error itself where b is zero"
     b = b.double()
-    return ((a.double() - b).norm()/b.norm().clamp_min(1e-30)).item()
+    return ((a.double() - b).norm()/(b.norm() or 1)).item()
 
 def graded(f, x, do, **kw):
     "Output and gradients"
@@ -236,7 +236,7 @@ def test_far_decay(measured):
 def test_repeats(measured):
     assert measured['repeats'] == dict(again=True, permuted=True)
 
-@pytest.mark.parametrize('name, tolerance, length', [('decode', 5e-6, [64, 64]), ('decode_plain', 5e-6, [48, 48]), ('decode_half', 5e-3, [48, 48])])
+@pytest.mark.parametrize('name, tolerance, length', [('decode', 5e-6, [64, 55]), ('decode_plain', 5e-6, [48, 39]), ('decode_half', 5e-3, [48, 39])])
 def test_decode(measured, name, tolerance, length):
     "Every step equals the whole at once, for rows that began at different times, with and without a gate"
     got = measured[name]

@@ -4,21 +4,20 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'WARM_UP', 'SCALES', 'ARMS', 'LABELS', 'SPLITS', 'TEMPERATURES', 'TEST_SEED', 'JUDGE_SEED', 'MAX_NEW',
-           'TABLES', 'Scale', 'Job', 'jobs', 'answers', 'samples', 'baselines', 'run_job', 'JobFailed', 'run',
-           'Evidence', 'collect', 'write_evidence', 'read_evidence']
+           'TABLES', 'Scale', 'Job', 'jobs', 'answers', 'samples', 'baselines', 'run_job', 'run', 'Evidence', 'collect',
+           'write_evidence', 'read_evidence']
 
-# %% ../../nbs/01_rlcr/09_experiment.ipynb #dc6cb9b4
-import fcntl, json, os, subprocess, sys, threading, time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+# %% ../../nbs/01_rlcr/09_experiment.ipynb #368c923e
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-# %% ../../nbs/01_rlcr/09_experiment.ipynb #c39887af
+from ..core import jobs as core
+from ..core.jobs import JobFailed
+
+# %% ../../nbs/01_rlcr/09_experiment.ipynb #b8447856
 @dataclass(frozen=True)
 class Scale:
     "How much is run"
@@ -38,28 +37,32 @@ MODEL = dict(hidden_size=128, layers=3, heads=4, intermediate_size=256, max_leng
 WARM_UP = dict(steps=220, batch=128)
 SCALES = {
     'quick': Scale('quick', ('rlvr', 'rlcr'), (0, 1, 2), 'quick', {}, WARM_UP, 1000, 250, 16, 1000, MODEL),
-    'full':  Scale('full', ('rlvr', 'rlcr', 'sft_rlcr', 'log', 'group'), (0, 1, 2), 'quick', {}, WARM_UP, 1000, 250, 16, 1000, MODEL),
+    'full':  Scale('full', ('rlvr', 'rlcr', 'sft_rlcr', 'log', 'group'), (0, 1, 2), 'full', {}, WARM_UP, 1000, 250, 16, 1000, MODEL),
     'test':  Scale('test', ('rlvr', 'rlcr'), (0, 1), 'quick', dict(max_steps=2, per_device_train_batch_size=32, gradient_accumulation_steps=1, save_steps=1),
                    dict(steps=80, batch=32, lr=6e-3, warmup_steps=10), 24, 6, 4, 80, dict(hidden_size=64, layers=2, heads=2, intermediate_size=128, max_length=128)),
 }
 ARMS = {'rlvr': dict(kind='rlvr'), 'rlcr': dict(kind='rlcr'), 'sft_rlcr': dict(kind='rlcr'),
         'log': dict(kind='rlcr', rule='log'), 'group': dict(kind='rlcr', scale_rewards='group')}
 
-# %% ../../nbs/01_rlcr/09_experiment.ipynb #91ab4f25
+# %% ../../nbs/01_rlcr/09_experiment.ipynb #0086965b
 @dataclass(frozen=True)
-class Job:
+class Job(core.Job):
     "One process: the warm-up, or one arm with one seed"
-    arm: str # base, or a key of `ARMS`
+    arm: str # warm-up, base, or a key of `ARMS`
     seed: int
     scale: str # a key of `SCALES`
     root: str # folder of the experiment
 
     @property
-    def dir(self)->Path: return Path(self.root)/(self.arm if self.arm == 'base' else f'{self.arm}-{self.seed}')
+    def dir(self)->Path: return Path(self.root)/(f'{self.arm}-{self.seed}' if self.arm in ARMS else self.arm)
     @property
-    def done(self)->bool: return (self.dir/'answers.parquet').exists()
+    def model(self)->Path: return (Path(self.root)/'warm-up' if self.arm == 'base' else self.dir)/'model'
     @property
-    def label(self)->str: return 'warm-up' if self.arm == 'base' else f'{LABELS[self.arm]} seed {self.seed}'
+    def done(self)->bool: return (self.model if self.arm == 'warm-up' else self.dir/'answers.parquet').exists()
+    @property
+    def label(self)->str: return f'{LABELS[self.arm]} seed {self.seed}' if self.arm in ARMS else self.arm
+    def work(self)->None: _work(self)
+    def progress(self)->dict[str, float]: return _progress(self)
 
 LABELS = {'base': 'base', 'rlvr': 'RLVR', 'rlcr': 'RLCR', 'sft_rlcr': 'SFT+RLCR', 'log': 'RLCR, log rule', 'group': 'RLCR, group std',
           'answer_probability': 'answer probability', 'bce': 'BCE classifier', 'brier': 'Brier classifier', 'probe': 'linear probe'}
@@ -70,11 +73,11 @@ def jobs(scale:str, # a key of `SCALES`
     "The jobs of an experiment. Raises `ValueError` for an unknown scale"
     if scale not in SCALES: raise ValueError(f'scale must be one of {", ".join(SCALES)}, not {scale!r}')
     s = SCALES[scale]
-    return [Job('base', 0, scale, str(root))] + [Job(a, i, scale, str(root)) for i in s.seeds for a in s.arms]
+    return [Job(a, i, scale, str(root)) for a, i in [('warm-up', 0), *((a, i) for i in s.seeds for a in s.arms), ('base', 0)]]
 
-# %% ../../nbs/01_rlcr/09_experiment.ipynb #67bb9f19
+# %% ../../nbs/01_rlcr/09_experiment.ipynb #138521d2
 SPLITS, TEMPERATURES = ('id', 'ood'), (0., 1.)
-TEST_SEED, JUDGE_SEED, MAX_NEW = 90_001, 90_002, 28 # test questions, questions for the classifiers, longest completion
+TEST_SEED, JUDGE_SEED, MAX_NEW = 90_001, 90_002, 48 # test questions, questions for the classifiers, longest completion
 
 def _rows(ds, texts:list[str], **names)->'pandas.DataFrame':
     "One row an answer: what was said, whether it was right, and what Bayes would have said"
@@ -85,14 +88,14 @@ def _rows(ds, texts:list[str], **names)->'pandas.DataFrame':
                              p_correct=g.p_correct, confidence=g.confidence, q_star=np.array(ds['q_star'])) | names)
 
 def answers(model, tok, n:int, seed:int)->tuple['pandas.DataFrame', dict]:
-    "Answers to both test sets at both temperatures, and the texts by (split, temperature)"
+    "Greedy answers to both test sets and sampled ones in domain, and the texts by (split, temperature)"
     import pandas as pd
     from rlcr_suite.core.lm import generate
     from rlcr_suite.rlcr.world import questions
     rows, texts = [], {}
     for split in SPLITS:
         ds = questions(n, split, TEST_SEED)
-        for t in TEMPERATURES:
+        for t in TEMPERATURES if split == 'id' else TEMPERATURES[:1]:
             texts[split, t] = [r[0] for r in generate(model, tok, ds['prompt'], max_new_tokens=MAX_NEW, temperature=t, seed=seed)]
             rows.append(_rows(ds, texts[split, t], split=split, temperature=t))
     return pd.concat(rows, ignore_index=True), texts
@@ -107,7 +110,7 @@ def samples(model, tok, n:int, K:int, seed:int)->'pandas.DataFrame':
     drawn = generate(model, tok, ds['prompt'], n=K, max_new_tokens=MAX_NEW, temperature=1., seed=seed + 1)
     return pd.concat([_rows(ds, [d[k] for d in drawn], sample=k) for k in range(K)], ignore_index=True)
 
-# %% ../../nbs/01_rlcr/09_experiment.ipynb #20e09161
+# %% ../../nbs/01_rlcr/09_experiment.ipynb #9080f848
 def baselines(model, base, tok, n:int, judged:int, texts:dict, seed:int)->'pandas.DataFrame':
     "The four confidences that RLVR's answers can be given after training, as rows of `answers`"
     import pandas as pd
@@ -119,7 +122,7 @@ def baselines(model, base, tok, n:int, judged:int, texts:dict, seed:int)->'panda
     right = grade(train, said).correct.astype(int)
     judges = {'probe': linear_probe(model, tok, train['prompt'], said, right, seed=seed, batch_size=128).predict}
     for loss in ('bce', 'brier'):
-        judges[loss] = Classifier(base, tok, loss=loss, seed=seed).fit(train['prompt'], said, right, epochs=5, lr=2e-3, batch_size=64).predict
+        judges[loss] = Classifier(base, tok, loss=loss, seed=seed).fit(train['prompt'], said, right, epochs=3, lr=2e-3, batch_size=64).predict
     judges['answer_probability'] = lambda p, t: answer_token_probability(model, tok, p, t, batch_size=128)
     rows = []
     for split in SPLITS:
@@ -149,7 +152,7 @@ def _analysed(model, tok, job:Job):
     texts = [r[0] for r in generate(model, tok, ds['prompt'], max_new_tokens=MAX_NEW, seed=job.seed)]
     sft(model, tok, sft_then_rlcr(ds['prompt'], texts, analyse, n=500, seed=job.seed), job.dir/'sft', steps=16, batch=64, lr=3e-4, seed=job.seed, warmup_steps=2)
 
-# %% ../../nbs/01_rlcr/09_experiment.ipynb #6dc5e772
+# %% ../../nbs/01_rlcr/09_experiment.ipynb #82f297f5
 def _reinforce(job:Job, s:Scale):
     "One arm: GRPO from the base model"
     from rlcr_suite.core.lm import load
@@ -157,7 +160,7 @@ def _reinforce(job:Job, s:Scale):
     from rlcr_suite.rlcr.train import grpo, grpo_config
     from rlcr_suite.rlcr.verify import exact_match
     from rlcr_suite.rlcr.world import questions
-    model, tok = load(Path(job.root)/'base'/'model', device='cpu')
+    model, tok = load(Path(job.root)/'warm-up'/'model', device='cpu')
     if job.arm == 'sft_rlcr': _analysed(model, tok, job)
     arm = dict(ARMS[job.arm])
     reward = {'rule': log} if arm.pop('rule', None) == 'log' else {}
@@ -167,20 +170,20 @@ def _reinforce(job:Job, s:Scale):
          **(s.grpo | arm))
     return model, tok
 
-# %% ../../nbs/01_rlcr/09_experiment.ipynb #79cc1833
+# %% ../../nbs/01_rlcr/09_experiment.ipynb #ff3a90dd
 def run_job(job:Job # what to run
            )->None:
     "Run one job to its end in this process. What was finished before is not done again"
+    core.here(job)
+
+def _work(job:Job)->None:
+    "Train, unless that was finished before, and answer"
     import torch
     from rlcr_suite.core.lm import load, save
-    s, model_dir = SCALES[job.scale], job.dir/'model'
+    s = SCALES[job.scale]
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
-    job.dir.mkdir(parents=True, exist_ok=True)
-    with _locked(job.dir/'lock'):
-        if job.done: return
-        if not model_dir.exists(): save(*(_warm_up if job.arm == 'base' else _reinforce)(job, s), model_dir)
-        model, tok = load(model_dir, device='cpu')
-        _write(job, s, model, tok)
+    if not job.model.exists(): save(*(_warm_up if job.arm == 'warm-up' else _reinforce)(job, s), job.model)
+    if job.arm != 'warm-up': _write(job, s, *load(job.model, device='cpu'))
 
 def _write(job:Job, s:Scale, model, tok)->None:
     "Answer the test questions; the file that marks the job as done comes last"
@@ -189,92 +192,35 @@ def _write(job:Job, s:Scale, model, tok)->None:
     table, texts = answers(model, tok, s.questions, job.seed)
     parts = [table.assign(arm=job.arm)]
     if job.arm == 'rlvr':
-        parts.append(baselines(model, load(Path(job.root)/'base'/'model', device='cpu')[0], tok, s.questions, s.judged, texts, job.seed))
-    _parquet(samples(model, tok, s.votes, s.K, job.seed).assign(arm=job.arm, seed=job.seed), job.dir/'samples.parquet')
-    _parquet(pd.concat(parts, ignore_index=True).assign(seed=job.seed), job.dir/'answers.parquet')
+        parts.append(baselines(model, load(Path(job.root)/'warm-up'/'model', device='cpu')[0], tok, s.questions, s.judged, texts, job.seed))
+    core.write_table(samples(model, tok, s.votes, s.K, job.seed).assign(arm=job.arm, seed=job.seed), job.dir/'samples.parquet')
+    core.write_table(pd.concat(parts, ignore_index=True).assign(seed=job.seed), job.dir/'answers.parquet')
 
-def _parquet(table, path:Path)->None:
-    "Write a table beside its place, then rename"
-    tmp = path.with_suffix('.tmp')
-    for c in table.select_dtypes('float64'): table[c] = table[c].astype(np.float32)
-    table.to_parquet(tmp, compression='zstd', index=False)
-    os.replace(tmp, path)
+# %% ../../nbs/01_rlcr/09_experiment.ipynb #f5e26b22
+def _log(job:Job)->Path:
+    "Where a job's training writes its journal"
+    return job.dir/('sft' if job.arm == 'warm-up' else 'grpo')
 
-# %% ../../nbs/01_rlcr/09_experiment.ipynb #1284cbbd
-@contextmanager
-def _locked(path:Path)->Iterator[None]:
-    "Hold an exclusive lock, which the system releases when the process ends in whatever way"
-    with open(path, 'w') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-def _die_with(parent:int)->None:
-    "End this process soon after `parent` is gone"
-    def watch():
-        while os.getppid() == parent: time.sleep(.5)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-def _main(spec:str, parent:int)->None:
-    "Entry of a job's process"
-    _die_with(parent)
-    run_job(Job(**json.loads(spec)))
-
-def _spawn(job:Job, threads:int)->subprocess.Popen:
-    "Start a job as a process; what it prints goes to a file in its folder"
-    job.dir.mkdir(parents=True, exist_ok=True)
-    code = f'from rlcr_suite.rlcr.experiment import _main; _main({json.dumps(json.dumps(asdict(job)))}, {os.getpid()})'
-    # the allocator keeps what it has: giving pages back and fetching them again costs a fifth of the time on a CPU
-    env = os.environ | dict(OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE='1', HF_HUB_DISABLE_PROGRESS_BARS='1', HF_DATASETS_DISABLE_PROGRESS_BARS='1',
-                            OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', PYTHONWARNINGS='ignore',
-                            MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**32))
-    with open(job.dir/'output.txt', 'ab') as out: return subprocess.Popen([sys.executable, '-c', code], stdout=out, stderr=out, env=env)
-
-# %% ../../nbs/01_rlcr/09_experiment.ipynb #840c7d12
 def _progress(job:Job)->dict[str, float]:
     "Where a job is: step, steps, and the last measurements of its journal"
     from rlcr_suite.rlcr.train import PRESETS, journal
     s = SCALES[job.scale]
-    total = s.sft['steps'] if job.arm == 'base' else s.grpo.get('max_steps', PRESETS[s.preset].grpo.get('max_steps'))
-    rows = journal(job.dir/('sft' if job.arm == 'base' else 'grpo'))
+    if job.arm == 'base': return dict(step=int(job.done), total=1)
+    total = s.sft['steps'] if job.arm == 'warm-up' else s.grpo.get('max_steps', PRESETS[s.preset].grpo.get('max_steps'))
+    rows = journal(_log(job))
     last = rows[-10:]
     mean = {k: float(np.mean([r[k] for r in last if k in r])) for k in ('reward', 'accuracy', 'ece', 'loss') if any(k in r for r in last)}
     return dict(step=total if job.done else rows[-1]['step'] if rows else 0, total=total) | mean
 
-class JobFailed(RuntimeError):
-    "A job ended with an error; the message has the end of its output"
-
-def _run_one(job:Job, threads:int)->None:
-    "Run a job's process to its end"
-    if job.done: return
-    p = _spawn(job, threads)
-    try: code = p.wait()
-    finally: p.kill()
-    if code or not job.done:
-        tail = (job.dir/'output.txt').read_text(errors='replace')[-2000:]
-        raise JobFailed(f'{job.label} ended with code {code}. The end of {job.dir/"output.txt"}:\n{tail}')
-
-# %% ../../nbs/01_rlcr/09_experiment.ipynb #3a7f3ba6
+# %% ../../nbs/01_rlcr/09_experiment.ipynb #9d9d9e78
 def run(scale:str='quick', # a key of `SCALES`
         root:str|Path='runs/rlcr/quick', # folder of the experiment
         workers:int|None=None, # jobs at a time; the number of cores by default
-        watch:Callable[[list[tuple[Job, dict]]], None]|None=None, # called about twice a second with where each job is
+        watch:core.Watch|None=None, # called about twice a second with where each job is
        )->float: # seconds it took
     "Run, or go on with, an experiment. Raises `JobFailed` with the job's last words if one fails; the others are finished first"
-    first, *rest = todo = jobs(scale, root)
-    workers, start = workers or os.cpu_count(), time.time()
-    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(workers) as many:
-        _wait([one.submit(_run_one, first, workers)], todo, watch)
-        _wait([many.submit(_run_one, j, max(1, os.cpu_count()//workers)) for j in rest], todo, watch)
-    return time.time() - start
-
-def _wait(futures:list, todo:list[Job], watch)->None:
-    "Wait for all, reporting; then raise the first failure"
-    while not all(f.done() for f in futures):
-        if watch: watch([(j, _progress(j)) for j in todo])
-        time.sleep(.5)
-    if watch: watch([(j, _progress(j)) for j in todo])
-    for f in futures: f.result()
+    first, *rest = jobs(scale, root)
+    return core.run([[first], rest], workers, watch)
 
 # %% ../../nbs/01_rlcr/09_experiment.ipynb #04968a2d
 @dataclass(frozen=True)
@@ -287,7 +233,7 @@ class Evidence:
 
 TABLES = ('answers', 'samples', 'curves')
 
-# %% ../../nbs/01_rlcr/09_experiment.ipynb #4c291b5d
+# %% ../../nbs/01_rlcr/09_experiment.ipynb #4c7d7600
 def collect(scale:str, # a key of `SCALES`
             root:str|Path, # folder of a finished experiment
             seconds:float|None=None, # what `run` took, if it was measured in one go
@@ -297,28 +243,21 @@ def collect(scale:str, # a key of `SCALES`
     from rlcr_suite.core.records import stamp
     from rlcr_suite.rlcr.train import journal
     todo = jobs(scale, root)
-    if left := [j.label for j in todo if not j.done]: raise ValueError(f'the experiment in {root} is not finished: {", ".join(left)}')
-    curves = [pd.DataFrame(journal(j.dir/('sft' if j.arm == 'base' else 'grpo'))).assign(arm=j.arm, seed=j.seed) for j in todo]
+    core.need_done(todo, root)
+    curves = [pd.DataFrame(journal(_log(j))).assign(arm=j.arm, seed=j.seed) for j in todo if j.arm != 'base']
     keep = ['arm', 'seed', 'step', 'reward', 'accuracy', 'confidence', 'brier', 'ece', 'format_rate', 'entropy', 'loss']
     curves = pd.concat(curves, ignore_index=True)
-    parts = {name: pd.concat([pd.read_parquet(j.dir/f'{name}.parquet') for j in todo], ignore_index=True) for name in ('answers', 'samples')}
+    parts = {name: pd.concat([pd.read_parquet(j.dir/f'{name}.parquet') for j in todo if j.arm != 'warm-up'], ignore_index=True) for name in ('answers', 'samples')}
     return Evidence(**parts, curves=curves[[c for c in keep if c in curves]], about=dict(scale=scale, seconds=seconds) | stamp())
 
 def write_evidence(e:Evidence, # from `collect`
                    path:str|Path, # folder
                   )->Path: # the same folder
     "Write the three tables and what they are about"
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    for name in TABLES: _parquet(getattr(e, name).copy(), path/f'{name}.parquet')
-    (path/'about.json').write_text(json.dumps(e.about, indent=1) + '\n')
-    return path
+    return core.write_tables(path, {name: getattr(e, name) for name in TABLES}, e.about)
 
 def read_evidence(path:str|Path # folder that `write_evidence` wrote
                  )->Evidence:
     "Read an experiment's evidence. Raises `ValueError` if it is not there"
-    import pandas as pd
-    path = Path(path)
-    if missing := [f for f in (*(f'{t}.parquet' for t in TABLES), 'about.json') if not (path/f).exists()]:
-        raise ValueError(f'no evidence in {path}: {", ".join(missing)} missing; `make reproduce PAPER=rlcr` makes it')
-    return Evidence(**{t: pd.read_parquet(path/f'{t}.parquet') for t in TABLES}, about=json.loads((path/'about.json').read_text()))
+    tables, about = core.read_tables(path, TABLES)
+    return Evidence(**tables, about=about)

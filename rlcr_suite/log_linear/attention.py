@@ -16,20 +16,29 @@ from .fenwick import buckets, level_mask
 from .forms import earlier_buckets, head_first, in_blocks, masked_attention, transported, tree_attention
 from .recurrence import LogLinearState, accumulator, check_room, empty_state, spread_heads
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #aed3ea67
-CHUNK = 64   # tokens in a block: matrix products of 64 x 64 x 64 are near the best rate of a CPU, and FLOPs near their minimum
-GROUP = 16   # blocks worked on at once: their scores, decays and weights stay in a core's cache
+# %% ../../nbs/03_log_linear/04_attention.ipynb #e9cc8bae
+CHUNK = 64 # tokens in a block: products of 64 x 64 x 64 are near the best rate of a CPU, and their number near its minimum
+GROUP = 16 # blocks in a group, a power of two: what it works on fits into a second-level cache
 
-def _batches(R: int, n: int, group: int | None = None) -> list[tuple]:
-    "Indices that cut (R, n, ...) into 3-D batches, along rows or along blocks"
-    if R <= n: return [(r, slice(i, i + (group or n))) for r in range(R) for i in range(0, n, group or n)]
-    return [(slice(r, r + (group or R)), i) for i in range(n) for r in range(0, R, group or R)]
+class _Room:
+    "Buffers by name and shape, allocated when first asked for"
+    def __init__(self, like: torch.Tensor): self.like, self.kept = like, {}
+    def __call__(self, name: str, *shape: int) -> torch.Tensor:
+        if (name, shape) not in self.kept: self.kept[name, shape] = self.like.new_empty(shape)
+        return self.kept[name, shape]
 
-def _leaves(x: torch.Tensor, C: int) -> list[torch.Tensor]:
-    "The blocks of (R, T, ...) as views (R, n, C, ...): the full ones, then a shorter last one"
-    T = x.shape[1]
-    full = T // C * C
-    return ([x[:, :full].unflatten(1, (-1, C))] if full else []) + ([x[:, None, full:]] if T > full else [])
+def _groups(R: int, N: int) -> list[tuple[slice, int, int]]:
+    "(rows, first block, blocks): a row's blocks in groups from left to right, or short rows together"
+    if N > GROUP: return [(slice(r, r + 1), n, min(GROUP, N - n)) for r in range(R) for n in range(0, N, GROUP)]
+    m = GROUP // N
+    return [(slice(r, min(r + m, R)), 0, N) for r in range(0, R, m)]
+
+def _whole(x: torch.Tensor, n: int) -> torch.Tensor:
+    "(R, t, ...) with t filled up with zeros to n, such that rows and blocks can be taken together; a view of one row without a gap"
+    if x.shape[1] == n: return x if len(x) == 1 else x.contiguous()
+    y = x.new_zeros(len(x), n, *x.shape[2:])
+    y[:, :x.shape[1]] = x
+    return y
 
 def _lefts(Z: torch.Tensor, level: Level) -> list[torch.Tensor]:
     "The left-hand nodes of a level's pairs, in the order of `halves`"
@@ -40,7 +49,11 @@ def _rights(x: torch.Tensor, level: Level) -> list[torch.Tensor]:
     "The right-hand halves of a level, as views"
     return [r for _, r in halves(x, level)]
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #e7432401
+def _batches(R: int, n: int) -> list:
+    "Indices that cut (R, n, ...) into 3-D batches, along rows or along blocks, whichever makes fewer"
+    return list(range(R)) if R <= n else [(slice(None), i) for i in range(n)]
+
+# %% ../../nbs/03_log_linear/04_attention.ipynb #f25b90e6
 @lru_cache(64)
 def _one_hot(C: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     "Level masks of a block as (C, c+1, C): query, level, key"
@@ -52,159 +65,242 @@ def _starts(N: int, device: torch.device) -> torch.Tensor:
     j = torch.arange((N - 1).bit_length(), device=device)[:, None]
     return torch.arange(N, device=device) >> j << j
 
-def _decays(g: torch.Tensor, C: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "Log decays (R, N, C) from the start of each block, and the sum of all blocks before each (R, N+1)"
-    a = F.pad(g, (0, -g.shape[1] % C)).unflatten(1, (-1, C)).cumsum(-1)
-    return a, F.pad(a[..., -1].double().cumsum(-1), (1, 0))
+class _Decays:
+    "Every decay of R rows: `a` (R, N, C) within blocks, `total` (R, N+1) before blocks, `way` (R, J, N*C) e^p of each level, `node[j]` e^D of its right-hand nodes"
+    def __init__(self, g: torch.Tensor, C: int):
+        self.a = F.pad(g, (0, -g.shape[1] % C)).unflatten(1, (-1, C)).cumsum(-1)
+        self.total = F.pad(self.a[..., -1].double().cumsum(-1), (1, 0))
+        (R, N, _), self.ends = self.a.shape, []
+        start = _starts(N, g.device)
+        p = (self.total[:, None, :-1] - self.total[:, start]).to(g)
+        self.way = (self.a[:, None] + p[..., None]).exp_().flatten(2)
+        for j in range(len(start)):
+            first = torch.arange(1 << j, N, 2 << j, device=g.device)
+            self.ends.append((first, (first + (1 << j)).clamp(max=N)))
+        self.node = [(self.total[:, end] - self.total[:, first]).exp().to(g) for first, end in self.ends]
 
-def _from_node(a: torch.Tensor, total: torch.Tensor, T: int) -> torch.Tensor:
-    "e^p (R, J, T): decay from the start of the right-hand node of each level"
-    start = _starts(a.shape[1], a.device)
-    p = total[:, None, :-1] - total[:, start]
-    return (a[:, None] + p.to(a)[..., None]).exp_().flatten(2)[..., :T]
+def _block_weights(a: torch.Tensor, lam: torch.Tensor, hot: torch.Tensor, room: _Room) -> tuple[torch.Tensor, torch.Tensor]:
+    "Decay, where it does not grow, and level weights with the causal mask in them, each (m, C, C)"
+    (m, C), b = a.shape, room("level", a.shape[1], a.shape[0], a.shape[1])
+    decay = torch.sub(a[:, :, None], a[:, None, :], out=room("decay", m, C, C)).clamp_(max=0).exp_()
+    return decay, torch.bmm(lam.transpose(0, 1), hot, out=b).transpose(0, 1)
 
-def _node_decays(total: torch.Tensor, j: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "Where the n right-hand nodes of level j that have a parent begin and end, and their decays (R, n)"
-    first = (2*torch.arange(n, device=total.device) + 1) << j
-    end = (first + (1 << j)).clamp(max=total.shape[1] - 1)
-    return first, end, (total[:, end] - total[:, first]).exp()
+def _merged(Z: torch.Tensor, decay: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    "The nodes one level up; a last one without sibling goes up as it is"
+    n = Z.shape[1] // 2
+    torch.addcmul(Z[:, 1:2*n:2], Z[:, 0:2*n:2], decay[:, :n, None, None], out=out[:, :n])
+    if Z.shape[1] % 2: out[:, n] = Z[:, -1]
+    return out
 
-def _up(Z: torch.Tensor, total: torch.Tensor) -> list[torch.Tensor]:
-    "States of the nodes of every level that some query reads"
-    nodes = [Z]
-    for j in range((Z.shape[1] - 1).bit_length() - 1):
-        Z, n = nodes[-1], nodes[-1].shape[1] // 2
-        up = Z.new_empty(Z.shape[0], (Z.shape[1] + 1) // 2, *Z.shape[2:])
-        d = _node_decays(total, j, n)[2].to(Z)[..., None, None]
-        torch.addcmul(Z[:, 1:2*n:2], Z[:, 0:2*n:2], d, out=up[:, :n])
-        if Z.shape[1] % 2: up[:, n] = Z[:, -1]
-        nodes.append(up)
-    return nodes
+# %% ../../nbs/03_log_linear/04_attention.ipynb #0e040add
+class _Group:
+    "Views of one group: m blocks in all, of some rows"
+    def __init__(self, rows: slice, first: int, n: int, C: int, T: int, d: _Decays, w: torch.Tensor, room: _Room):
+        self.rows, self.first, self.n, self.C, self.room, self.d = rows, first, n, C, room, d
+        self.tokens, self.R = slice(first*C, min((first + n)*C, T)), rows.stop - rows.start
+        self.levels, self.number = levels(n*C, C), first // GROUP
+        self.a = d.a[rows, first:first + n].flatten(0, 1)
+        self.end = torch.sub(self.a[:, -1:], self.a).exp_()[..., None]
+        self.w, self.way = (x[rows, :, first*C:(first + n)*C] for x in (w, d.way))
 
-def _block_weights(a: torch.Tensor, lam: torch.Tensor, hot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "Decay, where it does not grow, and level weights with the causal mask in them, each (M, C, C)"
-    decay = (a[:, :, None] - a[:, None, :]).clamp_(max=0).exp_()
-    return decay, torch.bmm(lam.transpose(0, 1), hot).transpose(0, 1)
+    def cut(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "The group's part of x (R, T, D), as rows (R', n*C, D) and as blocks (m, C, D)"
+        x = _whole(x[self.rows, self.tokens], self.n*self.C)
+        return x, x.unflatten(1, (self.n, self.C)).flatten(0, 1)
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #86b3960e
-def _forward(q, k, v, g, lam, o, C: int) -> torch.Tensor:
-    "Fill `o`; everything is (R, T, ...) and may be strided. Returns the states of the blocks"
-    R, T, K = q.shape
-    (a, total), c = _decays(g, C), C.bit_length()
-    Z, done = q.new_empty(R, a.shape[1], K, v.shape[-1]), 0
-    for q_, k_, v_, lam_, o_ in zip(*(_leaves(x, C) for x in (q, k, v, lam[..., :c], o))):
-        n, size = q_.shape[1:3]
-        hot = _one_hot(C, q.dtype, q.device)[:size, :lam_.shape[-1], :size]
-        a_, Z_ = a[:, done:done + n, :size], Z[:, done:done + n]
-        for i in _batches(R, n, GROUP):
-            decay, level = _block_weights(a_[i], lam_[i], hot)
-            o_[i] = torch.bmm(torch.bmm(q_[i], k_[i].mT).mul_(decay).mul_(level), v_[i])
-            Z_[i] = torch.bmm((k_[i] * (a_[i][:, -1:] - a_[i]).exp_()[..., None]).mT, v_[i])
-        done += n
-    if T > C:
-        w = _from_node(a, total, T)
-        w = w.mul_(lam[..., c:c + w.shape[1]].transpose(1, 2))
-        for j, (level, nodes) in enumerate(zip(levels(T, C), _up(Z, total))):
-            for q_, o_, w_, Z_ in zip(_rights(q, level), _rights(o, level), _rights(w[:, j], level), _lefts(nodes, level)):
-                for i in _batches(R, q_.shape[1]): o_[i].addcmul_(torch.bmm(q_[i], Z_[i]), w_[i][..., None])
-    return Z
+    def make(self, name: str, D: int) -> tuple[torch.Tensor, torch.Tensor]:
+        "Room for a result, as `cut` would give it"
+        x = self.room(name, self.R, self.n*self.C, D)
+        return x, x.view(-1, self.C, D)
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #c3542a8c
-def _backward(q, k, v, g, lam, Z, do, dq, dk, dv, dlam, C: int) -> torch.Tensor:
-    "Fill dq (given as zeros), dk, dv and dlam (zeros). Returns dg (R, T)"
-    R, T, K = q.shape
-    (a, total), c = _decays(g, C), C.bit_length()
-    N = a.shape[1]
-    dZ, dtotal = _down(q, lam, _up(Z, total), do, dq, dlam, a, total, C) if T > C else (torch.zeros_like(Z), torch.zeros_like(total))
-    columns, done = torch.zeros_like(a), 0
-    for q_, k_, v_, lam_, do_, dq_, dk_, dv_, dlam_ in zip(*(_leaves(x, C) for x in (q, k, v, lam[..., :c], do, dq, dk, dv, dlam[..., :c]))):
-        n, size = q_.shape[1:3]
-        hot = _one_hot(C, q.dtype, q.device)[:size, :lam_.shape[-1], :size]
-        a_, dZ_, col_ = (x[:, done:done + n] for x in (a[..., :size], dZ, columns[..., :size]))
-        for i in _batches(R, n, GROUP):
-            qi, ki, vi, doi, dZi = q_[i], k_[i], v_[i], do_[i], dZ_[i]
-            decay, level = _block_weights(a_[i], lam_[i], hot)
-            end = (a_[i][:, -1:] - a_[i]).exp_()[..., None]
-            S, dS = torch.bmm(qi, ki.mT), torch.bmm(doi, vi.mT).mul_(decay)
-            dlam_[i] = torch.bmm((dS * S).transpose(0, 1), hot.mT).transpose(0, 1)
-            dS.mul_(level)
-            dvi = torch.bmm(S.mul_(decay).mul_(level).mT, doi).baddbmm_(ki * end, dZi)
-            dq_[i].add_(torch.bmm(dS, ki))
-            dk_[i] = torch.bmm(dS.mT, qi).addcmul_(torch.bmm(vi, dZi.mT), end)
-            dv_[i] = dvi
-            col_[i] = (vi * dvi).sum(-1)
-        done += n
-    da = F.pad((lam * dlam).sum(-1), (0, N*C - T)).unflatten(1, (N, C)) - columns
-    dtotal = dtotal.flip(1).cumsum(1).flip(1)[:, 1:] + (Z * dZ).sum((-2, -1))            # of each block's own decay
-    return (da.flip(2).cumsum(2).flip(2) + dtotal.to(da)[..., None]).flatten(1)[:, :T]
+    def put(self, x: torch.Tensor, result: torch.Tensor) -> None:
+        "Copy a result of the group to its place"
+        x[self.rows, self.tokens] = result[:, :self.tokens.stop - self.tokens.start]
 
-def _down(q, lam, nodes, do, dq, dlam, a, total, C: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "Gradients of the blocks' states and of `total` (R, N+1); adds to dq and dlam what the levels contribute"
-    (R, T, K), N, c = q.shape, a.shape[1], C.bit_length()
-    e, dtotal, dZ = _from_node(a, total, T), torch.zeros_like(total), None
-    dp = torch.zeros_like(e)
-    for j, level in reversed(list(enumerate(levels(T, C)))):
-        Z, above, dZ = nodes[j], dZ, torch.zeros_like(nodes[j])
-        parts = (*(_rights(x, level) for x in (q, do, e[:, j], lam[..., c + j], dq, dlam[..., c + j], dp[:, j])), _lefts(Z, level), _lefts(dZ, level))
-        for q_, do_, e_, lam_, dq_, dlam_, dp_, Z_, dZ_ in zip(*parts):
-            for i in _batches(R, q_.shape[1]):
-                w, x = e_[i] * lam_[i], torch.bmm(do_[i], Z_[i].mT)
-                dot = (q_[i] * x).sum(-1)
-                dlam_[i], dp_[i] = e_[i] * dot, w * dot
-                dq_[i].addcmul_(x, w[..., None])
-                dZ_[i] = torch.bmm(q_[i].mT, do_[i] * w[..., None])
-        if above is not None:
-            n = Z.shape[1] // 2
-            first, end, d = _node_decays(total, j, n)
-            L, D = slice(0, 2*n, 2), d.to(Z)[..., None, None]
-            dD = d * (Z[:, L] * above[:, :n]).sum((-2, -1))
-            dtotal.index_add_(1, end, dD).index_add_(1, first, -dD)
-            dZ[:, L].addcmul_(above[:, :n], D)
-            dZ[:, 1:2*n:2] = above[:, :n]
-            if Z.shape[1] % 2: dZ[:, -1] += above[:, -1]
-    dp = F.pad(dp, (0, N*C - T)).unflatten(2, (N, C)).sum(-1, dtype=torch.float64)      # (R, J, N)
+    def nodes(self, Z: torch.Tensor, root: bool) -> list[torch.Tensor]:
+        "States of the nodes of the group's levels from those of its blocks, up to the root if it is wanted"
+        found = [Z.view(self.R, self.n, *Z.shape[1:])]
+        for j in range(len(self.levels) - (not root)):
+            size, first = found[-1].shape, self.first >> j + 1
+            decay = self.d.node[j][self.rows, first:first + size[1] // 2]
+            found.append(_merged(found[-1], decay, self.room(f"node {j}", size[0], (size[1] + 1) // 2, *size[2:])))
+        return found
+
+# %% ../../nbs/03_log_linear/04_attention.ipynb #2420dc2f
+def _forward(q, k, v, g, lam, o, C: int, keep: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    "Fill `o`; everything is (R, T, ...) and may be strided. Returns, for the backward pass, states of the blocks and of whole groups"
+    (R, T, K), V, c = q.shape, v.shape[-1], C.bit_length()
+    d, room = _Decays(g, C), _Room(q)
+    N, J = d.a.shape[1], d.way.shape[1]
+    w = d.way * _whole(lam[..., c:c + J], N*C).transpose(1, 2)
+    Z, M = q.new_empty(R, N, K, V) if keep else None, -(-N // GROUP)
+    outer = [q.new_empty(R, M >> b, K, V) for b in range((M - 1).bit_length())]
+    hot = _one_hot(C, q.dtype, q.device)[:, :min(c, lam.shape[-1])]
+    for rows, first, n in _groups(R, N):
+        u = _Group(rows, first, n, C, T, d, w, room)
+        (qr, qb), (_, kb), (_, vb), (_, lb), (or_, ob) = *(u.cut(x) for x in (q, k, v, lam[..., :c])), u.make("o", V)
+        decay, level = _block_weights(u.a, lb, hot, room)
+        S = torch.bmm(qb, kb.mT, out=room("S", len(qb), C, C)).mul_(decay).mul_(level)
+        torch.bmm(S, vb, out=ob)
+        Zu = Z[rows, first:first + n].flatten(0, 1) if keep else room("Z", len(qb), K, V)
+        torch.bmm(torch.mul(kb, u.end, out=room("k", *kb.shape)).mT, vb, out=Zu)
+        nodes = u.nodes(Zu, root=M > 1)
+        for j, level in enumerate(u.levels): _read(u, level, qr, or_, u.w[:, j], nodes[j])
+        if M > 1: _look_back(u, outer, qr[0], or_[0], nodes[-1][:, 0])
+        u.put(o, or_)
+    return Z, outer
+
+def _read(u: _Group, level: Level, q, o, w, Z) -> None:
+    "Right-hand halves read their left-hand nodes"
+    for q_, o_, w_, Z_ in zip(_rights(q, level), _rights(o, level), _rights(w, level), _lefts(Z, level)):
+        for i in _batches(*q_.shape[:2]):
+            y = torch.bmm(q_[i], Z_[i], out=u.room("y", *q_[i].shape[:2], o.shape[-1]))
+            o_[i].addcmul_(y, w_[i][..., None])
+
+def _bits(m: int) -> list[int]: return [b for b in range(m.bit_length()) if m >> b & 1]
+
+def _look_back(u: _Group, outer: list[torch.Tensor], q, o, root) -> None:
+    "What a group reads of whole groups before it; then its root is merged with its left-hand siblings"
+    r, m, inner = u.rows.start, u.number, GROUP.bit_length() - 1
+    for b in _bits(m):
+        qw = torch.mul(q, u.w[0, inner + b, :, None], out=u.room("qw", *q.shape))
+        torch.addmm(o, qw, outer[b][r, (m >> b) - 1], out=o)
+    for b, level in enumerate(outer):
+        if m >= level.shape[1]: break
+        level[r, m] = root[0] if b == 0 else torch.addcmul(outer[b - 1][r, 2*m + 1], outer[b - 1][r, 2*m], u.d.node[inner + b - 1][r, m])
+        if not m & 1: break
+        m >>= 1
+
+# %% ../../nbs/03_log_linear/04_attention.ipynb #586a5382
+def _backward(q, k, v, g, lam, Z, outer, do, dq, dk, dv, dlam, C: int) -> torch.Tensor:
+    "Fill dq, dk, dv and dlam. Returns dg (R, T)"
+    (R, T, K), V, c = q.shape, v.shape[-1], C.bit_length()
+    d, room = _Decays(g, C), _Room(q)
+    N, J = d.a.shape[1], d.way.shape[1]
+    lw = _whole(lam[..., c:c + J], N*C).transpose(1, 2)
+    w, dway, columns = d.way * lw, torch.zeros_like(d.way), torch.empty_like(d.a)
+    douter, dtotal, down = [torch.zeros_like(x) for x in outer], torch.zeros_like(d.total), d.total.new_empty(R, N)
+    hot = _one_hot(C, q.dtype, q.device)[:, :min(c, lam.shape[-1])]
+    for rows, first, n in reversed(_groups(R, N)):
+        u = _Group(rows, first, n, C, T, d, w, room)
+        (qr, qb), (_, kb), (_, vb), (_, lb), (dor, dob) = (u.cut(x) for x in (q, k, v, lam[..., :c], do))
+        (dqr, dqb), (dkr, dkb), (dvr, dvb), (dlr, dlb) = u.make("dq", K), u.make("dk", K), u.make("dv", V), u.make("dlam", len(hot[0]))
+        decay, level = _block_weights(u.a, lb, hot, room)
+        S, dS = torch.bmm(qb, kb.mT, out=room("S", len(qb), C, C)), torch.bmm(dob, vb.mT, out=room("dS", len(qb), C, C)).mul_(decay)
+        torch.bmm(torch.mul(dS, S, out=room("dL", *S.shape)).transpose(0, 1), hot.mT, out=room("dlevel", C, len(qb), len(hot[0])))
+        dlb.copy_(room("dlevel", C, len(qb), len(hot[0])).transpose(0, 1))
+        S.mul_(decay).mul_(level)
+        dS.mul_(level)
+        torch.bmm(dS, kb, out=dqb)
+        nodes = u.nodes(Z[rows, first:first + n].flatten(0, 1), root=False)
+        dZ = _looked_back(u, outer, douter, qr[0], dor[0], dqr[0], dway, dtotal) if outer else None
+        for j, l in reversed(list(enumerate(u.levels))): dZ = _down(u, j, l, nodes[j], dZ, qr, dor, dqr, dway, dtotal)
+        if dZ is None: dZ = room("dZ 0", u.R, n, K, V).zero_()
+        dZb = dZ.view(-1, K, V)
+        torch.bmm(S.mT, dob, out=dvb).baddbmm_(torch.mul(kb, u.end, out=room("k", *kb.shape)), dZb)
+        torch.bmm(dS.mT, qb, out=dkb).addcmul_(torch.bmm(vb, dZb.mT, out=room("x", *kb.shape)), u.end)
+        columns[rows, first:first + n] = torch.mul(vb, dvb, out=room("vv", *vb.shape)).sum(-1).view(u.R, n, C)
+        down[rows, first:first + n] = torch.mul(nodes[0], dZ, out=room("ZZ", *dZ.shape)).sum((-2, -1))
+        for x, y in ((dq, dqr), (dk, dkr), (dv, dvr), (dlam[..., :c], dlr)): u.put(x, y)
+    dlam[..., c:c + J] = dway[..., :T].transpose(1, 2)
+    dlam[..., c + J:] = 0
+    dp = dway.mul_(lw).unflatten(2, (N, C)).sum(-1, dtype=torch.float64)               # (R, J, N) of the way to each block
     dtotal[:, :N] += dp.sum(1)
     for j, start in enumerate(_starts(N, q.device)): dtotal.index_add_(1, start, -dp[:, j])
-    return dZ, dtotal
+    da = _whole((lam * dlam).sum(-1), N*C).unflatten(1, (N, C)) - columns
+    own = dtotal.flip(1).cumsum(1).flip(1)[:, 1:] + down                                # of each block's own decay
+    return (da.flip(2).cumsum(2).flip(2) + own.to(da)[..., None]).flatten(1)[:, :T]
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #66aad707
+# %% ../../nbs/03_log_linear/04_attention.ipynb #8cb8b500
+def _read_grad(u: _Group, q, do, w, way, Z, dq, dway, dZ, add: bool) -> None:
+    "Gradients of one batch of `_read` (@eq-level-grad): (M, s, D) tensors; into dq and dway, and into dZ or added to it"
+    x = torch.bmm(do, Z.mT, out=u.room("x", *q.shape))
+    dq.addcmul_(x, w[..., None])
+    torch.mul(x.mul_(q).sum(-1), way, out=dway)
+    wdo = torch.mul(do, w[..., None], out=u.room("y", *do.shape))
+    if add: dZ.baddbmm_(q.mT, wdo)
+    elif dZ.is_contiguous(): torch.bmm(q.mT, wdo, out=dZ)
+    else: dZ.copy_(torch.bmm(q.mT, wdo, out=u.room("zz", *dZ.shape)))
+
+def _down(u: _Group, j: int, level: Level, Z, above, q, do, dq, dway, dtotal) -> torch.Tensor:
+    "Gradients of the nodes of level j of a group, from those above and from what reads them"
+    dZ, mine, at = u.room(f"dZ {j}", *Z.shape), dway[u.rows, j, u.first*u.C:(u.first + u.n)*u.C], u.first >> j + 1
+    if Z.shape[1] % 2: dZ[:, -1] = 0 if above is None else above[:, -1]
+    parts = (*(_rights(x, level) for x in (q, do, u.w[:, j], u.way[:, j], dq, mine)), _lefts(Z, level), _lefts(dZ, level))
+    for q_, do_, w_, way_, dq_, dway_, Z_, dZ_ in zip(*parts):
+        for i in _batches(*q_.shape[:2]): _read_grad(u, q_[i], do_[i], w_[i], way_[i], Z_[i], dq_[i], dway_[i], dZ_[i], add=False)
+    n = Z.shape[1] // 2
+    if above is None: dZ[:, 1:2*n:2] = 0
+    else:
+        decay, left = u.d.node[j][u.rows, at:at + n], slice(0, 2*n, 2)
+        dD = decay * torch.mul(Z[:, left], above[:, :n], out=u.room("zz", u.R, n, *Z.shape[2:])).sum((-2, -1))
+        first, end = (x[at:at + n] for x in u.d.ends[j])
+        dtotal[u.rows].index_add_(1, end, dD.double()).index_add_(1, first, -dD.double())
+        dZ[:, left].addcmul_(above[:, :n], decay[..., None, None])
+        dZ[:, 1:2*n:2] = above[:, :n]
+    return dZ
+
+def _looked_back(u: _Group, outer, douter, q, do, dq, dway, dtotal) -> torch.Tensor | None:
+    "Gradients of what a group read of whole groups; returns the gradient of its own root, which by now is complete"
+    r, m, inner, tokens = u.rows.start, u.number, GROUP.bit_length() - 1, slice(u.first*u.C, (u.first + u.n)*u.C)
+    for b in _bits(m):
+        i = slice((m >> b) - 1, m >> b)
+        _read_grad(u, *(x[None] for x in (q, do)), u.w[:, inner + b], u.way[:, inner + b], outer[b][r, i], dq[None], dway[u.rows, inner + b, tokens], douter[b][r, i], add=True)
+    if m + 1 == outer[0].shape[1]: return None                 # nothing reads the last group
+    above = None
+    for b in reversed(range(len(outer))):
+        i, at = m >> b, (m >> b) + 1 << b
+        if i >= outer[b].shape[1] or i & 1: continue           # a right-hand node gets what its parent got
+        mine = douter[b][r, i]
+        if above is not None:
+            j, pair = inner + b, i // 2
+            if m + 1 == at:                                    # its parent's gradient is complete since just now
+                dD = (u.d.node[j][r, pair] * (outer[b][r, i] * above).sum()).double()
+                first, end = (int(x[pair]) for x in u.d.ends[j])
+                dtotal[r, end] += dD
+                dtotal[r, first] -= dD
+            mine = torch.addcmul(mine, above, u.d.node[j][r, pair])
+        above = mine
+    return None if above is None else above[None, None]
+
+# %% ../../nbs/03_log_linear/04_attention.ipynb #4aacbc44
 def _row_major(x: torch.Tensor) -> torch.Tensor:
     "(B, T, H, ...) as (B*H, T, ...): a view for one row, a copy for several"
     return x.transpose(1, 2).flatten(0, 1)
 
-def _buffer(x: torch.Tensor, fill: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+def _buffer(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Room for something like x (B, T, H, ...), as (B*H, T, ...) to write into and as (B, T, H, ...) to hand out"
     B, T, H = x.shape[:3]
     if B == 1:
-        y = fill(x.shape, dtype=x.dtype, device=x.device)
+        y = x.new_empty(x.shape)
         return y[0].transpose(0, 1), y
-    y = fill((B*H, T, *x.shape[3:]), dtype=x.dtype, device=x.device)
+    y = x.new_empty(B*H, T, *x.shape[3:])
     return y, y.unflatten(0, (B, H)).transpose(1, 2)
 
 class _ScalarTree(torch.autograd.Function):
     "The Mamba-2 form from nothing: (B, T, H, ...) in one type, as many heads of q and k as of v"
     @staticmethod
     def forward(ctx, q, k, v, g, lam, C):
-        o, out = _buffer(v, torch.empty)
-        Z = _forward(*map(_row_major, (q, k, v, g, lam)), o, C)
-        ctx.save_for_backward(q, k, v, g, lam, Z)
+        o, out = _buffer(v)
+        Z, outer = _forward(*map(_row_major, (q, k, v, g, lam)), o, C, keep=any(ctx.needs_input_grad))
+        if Z is not None: ctx.save_for_backward(q, k, v, g, lam, Z, *outer)
         ctx.C = C
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        q, k, v, g, lam, Z = ctx.saved_tensors
+        q, k, v, g, lam, Z, *outer = ctx.saved_tensors
         if do.stride(-1) != 1: do = do.contiguous()
-        (dq, dq_), (dk, dk_), (dv, dv_), (dlam, dlam_) = (_buffer(x, f) for x, f in ((q, torch.zeros), (k, torch.empty), (v, torch.empty), (lam, torch.zeros)))
-        dg = _backward(*map(_row_major, (q, k, v, g, lam)), Z, _row_major(do), dq, dk, dv, dlam, ctx.C)
+        (dq, dq_), (dk, dk_), (dv, dv_), (dlam, dlam_) = map(_buffer, (q, k, v, lam))
+        dg = _backward(*map(_row_major, (q, k, v, g, lam)), Z, outer, _row_major(do), dq, dk, dv, dlam, ctx.C)
         return dq_, dk_, dv_, dg.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2), dlam_, None
 
 def _scalar_tree(q, k, v, g, lam, C: int = CHUNK) -> torch.Tensor:
     "`_ScalarTree` for any batch: long rows one after another, as views; short ones together"
     lined = lambda x: x if x.stride(-1) == 1 else x.contiguous()
     q, k, v = map(lined, (q, k, v))
-    if len(v) == 1 or v.shape[1] < 1024: return _ScalarTree.apply(q, k, v, g, lam, C)
+    if len(v) == 1 or v.shape[1] <= GROUP*C: return _ScalarTree.apply(q, k, v, g, lam, C)
     return torch.cat([_ScalarTree.apply(*x, C) for x in zip(*(y.split(1) for y in (q, k, v, g, lam)))])
 
 # %% ../../nbs/03_log_linear/04_attention.ipynb #f0879d97

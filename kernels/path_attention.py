@@ -24,7 +24,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from ..core.blocks import check_shapes, sequences
 
-__all__ = ['CHUNK', 'DecodeState', 'aot_cases', 'path_attention', 'path_attention_flush', 'path_attention_step', 'supports', 'why_not']
+__all__ = ['CHUNK', 'aot_cases', 'path_attention', 'path_attention_decode', 'supports', 'why_not']
 
 CHUNK = 64                 # tokens a leaf
 LOG2E = math.log2(math.e)  # kernels work with exp2
@@ -565,7 +565,7 @@ def _key_prepare_grad_kernel(k, w, beta, leaf, inv, du, dy, dk_part, dw_part, dk
     for r in range(R): dkk += tl.load(_square(dk_part, (m + r*N)*C*BD, i, d, BD))
     _put(dk, (tok*H + h)*D, i, d, live, dkk, H*D, D)
     # T = X diag(beta), X = (I + stril(diag(beta) G))^-1, G = W W': dX = dT diag(beta), d(stril) = -stril(X' dX X') = -stril(X' dT T')
-    dm = tl.where(below, -_dot(_dot(tl.trans(x), dtt, 'tf32x3'), tl.trans(t), 'tf32x3'), 0.)
+    dm = tl.where(below, -_dot(_dot(tl.trans(x), dtt, PREC), tl.trans(t), PREC), 0.)
     db = tl.sum(x*dtt, 0) + tl.sum(dm*_dot(wt, tl.trans(wt), PREC), 1)
     tl.store(dbeta + (tok + i)*H + h, db, mask=live)
     dm *= bt[:, None]
@@ -721,6 +721,7 @@ def why_not(q: torch.Tensor, # (B, T, HQ, D)
     if not q.dtype == k.dtype == v.dtype: return f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
     if any(x.dtype not in DTYPES for x in given): return f"float16, bfloat16 or float32 wanted, got {[x.dtype for x in given]}"
     if q.shape[-1] > 128: return f"the head dim must be at most 128, got {q.shape[-1]}"
+    if v.shape[-1] != q.shape[-1]: return f"values must be as wide as keys, got {v.shape[-1]} and {q.shape[-1]}"
     if q.shape[0]*q.shape[2] > 65535: return f"at most 65535 rows times heads, got {q.shape[0]*q.shape[2]}"
     return ""
 
@@ -761,196 +762,106 @@ def path_attention(q: torch.Tensor, # (B, T, HQ, D) queries; fp16, bf16 or fp32 
 
 # --------------------------------------------------------------------------------------------------------------- decoding
 
-class DecodeState(NamedTuple):
-    """A cache that is rewritten once in C tokens. `keys` stand as seen from the last flush; transforms since then are pending and
-    act on the query, H_n .. H_1 = I - W'Y; keys since then are few and kept exact in fp32. All of it is changed in place."""
-    keys: torch.Tensor                # (B, S, H, D) flushed keys, S places
-    values: torch.Tensor              # (B, S, H, D)
-    length: torch.Tensor              # (B,) int32, how many places hold a token
-    pending: torch.Tensor             # (B,) int32, tokens since the flush
-    w: torch.Tensor                   # (B, C, H, D) fp32, their directions
-    y: torch.Tensor                   # (B, C, H, D) fp32, the rows of Y
-    recent_keys: torch.Tensor         # (B, C, H, D) fp32, their keys as seen from now
-    recent_values: torch.Tensor       # (B, C, H, D)
-    decay: torch.Tensor | None        # (B, S, HQ) fp32, sums of log f from a flushed key to the flush; None without a gate
-    recent_decay: torch.Tensor | None # (B, C, HQ) fp32, sums of log f from a recent key to now
-    total: torch.Tensor | None        # (B, HQ) fp32, sum of log f since the flush
-
-    @classmethod
-    def empty(cls, B: int, S: int, HQ: int, H: int, D: int, # sizes; S is the most tokens that will be flushed
-              dtype: torch.dtype, # of keys and values
-              device: torch.device | str = 'cpu',
-              gate: bool = False, # whether a gate will be given
-              C: int = CHUNK, # tokens between flushes: 16, 32 or 64
-             ) -> 'DecodeState':
-        "A state that holds no token yet"
-        new = lambda *shape, t=torch.float32: torch.zeros(shape, dtype=t, device=device)
-        return cls(new(B, S, H, D, t=dtype), new(B, S, H, D, t=dtype), new(B, t=torch.int32), new(B, t=torch.int32), new(B, C, H, D),
-                   new(B, C, H, D), new(B, C, H, D), new(B, C, H, D, t=dtype), *((new(B, S, HQ), new(B, C, HQ), new(B, HQ)) if gate else (None,)*3))
+@triton.jit
+def _look_up(acc, m, l, q0, q1, keys, values, at, stop, key0, kbase, vbase, seen, c, now, cbase, i, j, d, e, mine,
+             K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HQ: tl.constexpr, GATE: tl.constexpr, BN: tl.constexpr):
+    "Queries of one key head (q0 + q1, the high and low half of fp32) against slots at..stop, whose keys lie key0 further on"
+    while at < stop:
+        n = at + i
+        live = n < stop
+        there = live & (tl.load(seen + n, mask=live, other=0) != 0)
+        kk = _tile(keys, kbase, n + key0, d, there, K, D)
+        vv = _tile(values, vbase, n, e, there, V, DV)
+        s = _dot(q0, tl.trans(kk).to(q0.dtype), 'tf32x3')
+        if q0.dtype != tl.float32: s += _dot(q1, tl.trans(kk).to(q0.dtype), 'tf32x3')
+        if GATE: s += (now[:, None] - tl.load(c + cbase + n[None, :]*HQ + j[:, None], mask=there[None, :] & mine[:, None], other=0.)).to(tl.float32)
+        acc, m, l = _online(acc, m, l, tl.where(there[None, :], s*1.4426950408889634, float('-inf')), vv, 'tf32x3')
+        at += BN
+    return acc, m, l
 
 @triton.jit
-def _recent_kernel(q, k, v, w, beta, g, ws, ys, ks, vs, pending, ds, total, qt, part, high, low, splits, scale, gscale,
-                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr):
-    "One token of one key head enters the window: keys and transforms in place, queries carried to the flush, attention to the window"
-    b, h, R = tl.program_id(0).to(tl.int64), tl.program_id(1), HQ // H
-    i, d = tl.arange(0, C), tl.arange(0, BD)
-    on, n, head = d < D, tl.load(pending + b), (b*H + h)*D
-    new, base = (i == n)[:, None], (b*C*H + h)*D
-    live = i < n
-    wt = tl.load(w + head + d, mask=on, other=0.).to(tl.float32)
-    bt = tl.load(beta + b*H + h).to(tl.float32)
-    kt = tl.load(k + head + d, mask=on, other=0.).to(tl.float32)
-    vt = tl.load(v + head + d, mask=on, other=0.)
-    ww, yy = _tile(ws, base, i, d, live, H*D, D), _tile(ys, base, i, d, live, H*D, D)
-    yt = bt*(wt - tl.sum(tl.sum(ww*wt[None, :], 1)[:, None]*yy, 0))
-    ww, yy = tl.where(new, wt[None, :], ww), tl.where(new, yt[None, :], yy)
-    kk = _tile(ks, base, i, d, live, H*D, D)
-    kk = tl.where(new, kt[None, :], kk - bt*tl.sum(kk*wt[None, :], 1)[:, None]*wt[None, :])
-    vv = tl.where(new, vt[None, :], _tile(vs, base, i, d, live, H*D, D)).to(tl.float32)
-    row = base + n.to(tl.int64)*H*D + d
-    tl.store(ws + row, wt, mask=on)
-    tl.store(ys + row, yt, mask=on)
-    tl.store(vs + row, vt, mask=on)
-    _put(ks, base, i, d, i <= n, kk, H*D, D)
-    for r in range(R):
-        hq = b*HQ + h*R + r
-        qq = tl.load(q + hq*D + d, mask=on, other=0.).to(tl.float32)
-        tl.store(qt + hq*BD + d, qq - tl.sum(tl.sum(ww*qq[None, :], 1)[:, None]*yy, 0))
-        s = tl.sum(kk*qq[None, :], 1)*scale
-        if GATE:
-            f, at = tl.load(g + hq).to(tl.float32), ds + b*C*HQ + i*HQ + h*R + r
-            c = tl.where(live, tl.load(at, mask=live, other=0.) + f, 0.)
-            tl.store(at, c, mask=i <= n)
-            tl.store(total + hq, tl.load(total + hq) + f)
-            s += c*gscale
-        s = tl.where(i <= n, s, float('-inf'))
-        m = tl.max(s, 0)
-        s = tl.exp2(s - m)
-        tl.store(part + hq*splits*BD + d, tl.sum(s[:, None]*vv, 0))                # part 0 of the output; the others follow
-        tl.store(high + hq*splits, m)
-        tl.store(low + hq*splits, tl.sum(s, 0))
-
-@triton.jit
-def _cache_kernel(qt, ks, vs, length, ds, total, part, high, low, splits, S, scale, gscale,
-                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-                  GATE: tl.constexpr):
-    "The query heads of one key head against one of the parts that the flushed keys are split into"
-    j, b, h = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    R: tl.constexpr = HQ // H
-    n = tl.load(length + b)
-    size = tl.cdiv(tl.cdiv(n, splits - 1), BN)*BN
-    begin, stop = j*size, tl.minimum(j*size + size, n)
-    r, i, d = tl.arange(0, BR), tl.arange(0, BN), tl.arange(0, BD)
-    mine, hq = r < R, b*HQ + h*R + r
-    qq = tl.load(qt + hq[:, None]*BD + d[None, :], mask=mine[:, None], other=0.)
-    # two products of low precision hold the query as exactly as fp32 would
-    q0 = qq.to(ks.dtype.element_ty)
-    q1 = (qq - q0.to(tl.float32)).to(ks.dtype.element_ty)
-    m, l = tl.full((BR,), float('-inf'), tl.float32), tl.zeros((BR,), tl.float32)
-    acc = tl.zeros((BR, BD), tl.float32)
-    if GATE: now = tl.load(total + hq, mask=mine, other=0.)
-    for at in range(begin, stop, BN):
-        live = at + i < stop
-        kk = _tile(ks, ((b*S + at)*H + h)*D, i, d, live, H*D, D)
-        vv = _tile(vs, ((b*S + at)*H + h)*D, i, d, live, H*D, D)
-        s = _dot(q0, tl.trans(kk), 'tf32x3')
-        if q1.dtype != tl.float32: s += _dot(q1, tl.trans(kk), 'tf32x3')
-        s *= scale
-        if GATE:
-            c = tl.load(ds + (b*S + at + i)[None, :]*HQ + (h*R + r)[:, None], mask=live[None, :] & mine[:, None], other=0.)
-            s += (c + now[:, None])*gscale
-        acc, m, l = _online(acc, m, l, tl.where(live[None, :], s, float('-inf')), vv, 'tf32x3')
-    at = hq*splits + 1 + j
-    tl.store(part + at[:, None]*BD + d[None, :], acc, mask=mine[:, None])
+def _decode_kernel(q, keys, recent, values, seen, c, total, bounds, part, high, low, B, S, W, P, slots, splits,
+                   H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+                   BR: tl.constexpr, BN: tl.constexpr, GATE: tl.constexpr):
+    "The query heads of one key head against one of the parts that the slots are split into; the last part is the window"
+    k, b, h = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    j, i, d, e = tl.arange(0, BR), tl.arange(0, BN).to(tl.int64), tl.arange(0, BD), tl.arange(0, BV)
+    mine, head = j < R, (b*H + h)*R
+    m, l = tl.full((BR,), -1e30, tl.float32), tl.zeros((BR,), tl.float32)         # finite: a part may hold nothing that counts
+    acc, now = tl.zeros((BR, BV), tl.float32), 0.
+    if GATE: now = tl.load(total + head + j, mask=mine, other=0.)
+    vbase, cbase, seen = (b*S*H + h)*DV, b*S*H*R + h*R, seen + b*S
+    flushed = tl.load(bounds + P)
+    if k < splits - 1:
+        size = tl.cdiv(tl.cdiv(flushed, splits - 1), BN)*BN
+        for p in range(P):                                                        # a segment has queries of its own
+            at, stop = tl.maximum(tl.load(bounds + p), k*size), tl.minimum(tl.load(bounds + p + 1), k*size + size)
+            if at < stop:
+                qq = _tile(q, (p*B*H*R + head)*D, j, d, mine, D, D)
+                q0 = qq.to(keys.dtype.element_ty)
+                q1 = (qq - q0.to(tl.float32)).to(q0.dtype)
+                acc, m, l = _look_up(acc, m, l, q0, q1, keys, values, at, stop, 0, (b*S*H + h)*D, vbase, seen, c, now, cbase, i, j, d, e, mine,
+                                     H*D, H*DV, D, DV, H*R, GATE, BN)
+    elif W > 0:
+        qq = _tile(q, (P*B*H*R + head)*D, j, d, mine, D, D)
+        acc, m, l = _look_up(acc, m, l, qq, qq, recent, values, flushed, slots, -flushed, (b*W*H + h)*D, vbase, seen, c, now, cbase, i, j, d, e, mine,
+                             H*D, H*DV, D, DV, H*R, GATE, BN)
+    at = (head + j)*splits + k
+    tl.store(part + at[:, None]*BV + e[None, :], acc, mask=mine[:, None])
     tl.store(high + at, m, mask=mine)
     tl.store(low + at, l, mask=mine)
 
 @triton.jit
-def _merge_kernel(part, high, low, o, splits, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr):
+def _merge_kernel(part, high, low, o, splits, DV: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr):
     "One softmax from its parts; a part without keys has weight 0"
-    hq, j, d = tl.program_id(0).to(tl.int64), tl.arange(0, BS), tl.arange(0, BD)
-    there = j < splits
-    m = tl.load(high + hq*splits + j, mask=there, other=float('-inf'))
+    hq, k, e = tl.program_id(0).to(tl.int64), tl.arange(0, BS), tl.arange(0, BV)
+    there = k < splits
+    m = tl.load(high + hq*splits + k, mask=there, other=-1e30)
     weight = tl.exp2(m - tl.max(m, 0))
-    l = tl.sum(weight*tl.load(low + hq*splits + j, mask=there, other=0.), 0)
-    acc = tl.load(part + (hq*splits + j)[:, None]*BD + d[None, :], mask=there[:, None], other=0.)
-    tl.store(o + hq*D + d, (tl.sum(weight[:, None]*acc, 0)/l).to(o.dtype.element_ty), mask=d < D)
+    l = tl.sum(weight*tl.load(low + hq*splits + k, mask=there, other=0.), 0)
+    acc = tl.load(part + (hq*splits + k)[:, None]*BV + e[None, :], mask=there[:, None], other=0.)
+    tl.store(o + hq*DV + e, tl.sum(weight[:, None]*acc, 0)/l, mask=e < DV)
 
-@triton.jit
-def _flush_kernel(ks, ws, ys, length, pending, ds, total, S, HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                  C: tl.constexpr, BN: tl.constexpr, GATE: tl.constexpr):
-    "Flushed keys through all pending transforms, in fp32 and rounded once: k P' = k - (k Y') W"
-    b, h = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    n, at = tl.load(length + b), tl.program_id(0)*BN
-    if at < n:
-        i, j, d = at + tl.arange(0, BN), tl.arange(0, C), tl.arange(0, BD)
-        base, live, some = (b*S*H + h)*D, i < n, j < tl.load(pending + b)
-        kk = _tile(ks, base, i.to(tl.int64), d, live, H*D, D).to(tl.float32)
-        ww, yy = (_tile(ws, (b*C*H + h)*D, j, d, some, H*D, D), _tile(ys, (b*C*H + h)*D, j, d, some, H*D, D))
-        kk -= _dot(_dot(kk, tl.trans(yy), 'tf32x3'), ww, 'tf32x3')
-        _put(ks, base, i.to(tl.int64), d, live, kk, H*D, D)
-        if GATE:
-            for r in range(HQ // H):
-                c = ds + (b*S + i)*HQ + h*(HQ // H) + r
-                tl.store(c, tl.load(c, mask=live, other=0.) + tl.load(total + b*HQ + h*(HQ // H) + r), mask=live)
+@lru_cache(maxsize=64)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor: return torch.tensor(numbers, dtype=torch.int32, device=device)
 
-def path_attention_flush(state: DecodeState) -> None: # changed in place
-    "Put the pending tokens of every row into the cache. Raises `ValueError` if they do not fit."
-    B, S, H, D = state.keys.shape
-    C = state.w.shape[1]
-    n, gate = state.pending.tolist(), state.decay is not None
-    if max(a + b for a, b in zip(state.length.tolist(), n)) > S: raise ValueError(f"the cache has {S} places, but would hold {(state.length + state.pending).tolist()} tokens")
-    BN = 64
-    with torch.cuda.device_of(state.keys):
-        _flush_kernel[triton.cdiv(S, BN), B, H](state.keys, state.w, state.y, state.length, state.pending, state.decay, state.total, S,
-                                               HQ=state.total.shape[1] if gate else H, H=H, D=D, BD=max(16, triton.next_power_of_2(D)), C=C,
-                                               BN=BN, GATE=gate, num_warps=8, num_stages=1)
-    row, i = (torch.arange(C, device=state.keys.device) < state.pending[:, None]).nonzero(as_tuple=True)
-    at = state.length[row] + i
-    state.keys[row, at], state.values[row, at] = state.recent_keys[row, i].to(state.keys.dtype), state.recent_values[row, i]
-    if gate:
-        state.decay[row, at] = state.recent_decay[row, i]
-        state.total.zero_()
-    state.length.add_(state.pending)
-    state.pending.zero_()
-
-def path_attention_step(state: DecodeState, # changed in place
-                        q: torch.Tensor, # (B, HQ, D) one token of every row
-                        k: torch.Tensor, # (B, H, D)
-                        v: torch.Tensor, # (B, H, D)
-                        w: torch.Tensor, # (B, H, D)
-                        beta: torch.Tensor, # (B, H)
-                        *,
-                        gate: torch.Tensor | None = None, # (B, HQ) log forget gates
-                        scale: float | None = None, # of the logits; None is D**-0.5
-                        scale_gate: bool = False, # multiply the gate's sums by `scale` too
-                        splits: int | None = None, # parts of the cache a head; None fills the GPU
-                       ) -> torch.Tensor: # (B, HQ, D), dtype of q
-    """Attention of the next token. The caller flushes (`path_attention_flush`) before `pending` of any row reaches C. Raises `ValueError`
-    if shapes do not fit the state."""
-    st = state
-    n = check_shapes(keys=(st.keys, "B S H D"), w_=(st.w, "B C H D"), q=(q, "B HQ D"), k=(k, "B H D"), v=(v, "B H D"), w=(w, "B H D"),
-                     beta=(beta, "B H"), gate=(gate, "B HQ"), decay=(st.decay, "B S HQ"))
-    if (gate is None) != (st.decay is None): raise ValueError("a gate must be given at every step or at none: the state was made for " + ("none" if st.decay is None else "one"))
-    B, S, H, D, HQ, C = (n[x] for x in ('B', 'S', 'H', 'D', 'HQ', 'C'))
-    if HQ % H: raise ValueError(f"the query heads must be a multiple of the key heads, got HQ = {HQ}, H = {H}")
-    scale = D**-0.5 if scale is None else float(scale)
-    coef, BD = scale if scale_gate else 1., max(16, triton.next_power_of_2(D))
+def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled: R query heads a key head, carried back to each of P parts, oldest first
+                          keys: torch.Tensor, # (B, S, H, D) slots, each carried on to the end of its part
+                          values: torch.Tensor, # (B, S, H, V)
+                          bounds: list[int], # P + 1 slots where parts begin and end, the last being the number of slots in use
+                          *,
+                          recent: torch.Tensor | None = None, # (B, W, H, D) fp32: keys of the last part, if they are not in `keys`
+                          valid: torch.Tensor | None = None, # (B, S) which slots count; None is all
+                          c: torch.Tensor | None = None, # (B, S, H R) running sum of the gate at each key, float64
+                          total: torch.Tensor | None = None, # (B, H R) running sum now, float64
+                          splits: int | None = None, # programs that share a head's slots; None fills the GPU
+                         ) -> torch.Tensor: # (B, H, R, V) fp32
+    """Attention of one token: transforms still pending act on its queries, and the cache is read once, in its own dtype. What
+    `rlcr_suite.path_attention.PathCache` holds fits as it is. Raises `ValueError` if shapes do not."""
+    n = check_shapes(queries=(queries, "P B H R D"), keys=(keys, "B S H D"), values=(values, "B S H V"), recent=(recent, "B W H D"), valid=(valid, "B S"))
+    P, B, H, R, D, S, V = (n[x] for x in "PBHRDSV")
+    HQ, W, slots = H*R, n.get("W", 0), bounds[-1]
+    if len(bounds) != P + 1 or bounds[0] or any(a > b for a, b in zip(bounds, bounds[1:])) or not 0 < slots <= S:
+        raise ValueError(f"bounds must rise from 0 to at most {S} in {P + 1} numbers, got {list(bounds)}")
+    if (c is None) != (total is None): raise ValueError("c and total are given together, or neither")
+    if c is not None and c.shape != (B, S, HQ) or total is not None and total.shape != (B, HQ): raise ValueError(f"c must be {(B, S, HQ)} and total {(B, HQ)}, got {tuple(c.shape)}, {tuple(total.shape)}")
+    if recent is not None and slots - bounds[-2] > W: raise ValueError(f"the last part has {slots - bounds[-2]} tokens, but recent has room for {W}")
+    if max(D, V) > 128: raise ValueError(f"head dims of at most 128, got {D} and {V}")
+    queries, keys, values = queries.float().contiguous(), keys.contiguous(), values.contiguous()
+    valid = torch.ones(1, dtype=torch.uint8, device=keys.device).expand(B, S).contiguous() if valid is None else valid.contiguous().view(torch.uint8)
+    bounds, P = tuple(bounds) if recent is None else tuple(bounds[:-1]), P - (recent is not None)
     if splits is None:
-        cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-        splits = max(1, min(triton.cdiv(S, 256), triton.cdiv(2*cores, B*H), 128))
-    q, k, v, w, beta = (x.contiguous() for x in (q, k, v.to(st.values.dtype), w, beta))
-    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)
-    qt, part, high, low, o = new(B, HQ, BD), new(B, HQ, splits + 1, BD), new(B, HQ, splits + 1), new(B, HQ, splits + 1), torch.empty_like(q)
-    g = None if gate is None else gate.contiguous()
-    sizes, log2 = dict(HQ=HQ, H=H, D=D, BD=BD, GATE=g is not None), (scale*LOG2E, coef*LOG2E)
-    with torch.cuda.device_of(q):
-        _recent_kernel[B, H](q, k, v, w, beta, g, st.w, st.y, st.recent_keys, st.recent_values, st.pending, st.recent_decay, st.total,
-                             qt, part, high, low, splits + 1, *log2, C=C, num_warps=8, **sizes)
-        _cache_kernel[splits, B, H](qt, st.keys, st.values, st.length, st.decay, st.total, part, high, low, splits + 1, S, *log2,
-                                    BR=max(16, triton.next_power_of_2(HQ//H)), BN=64, num_warps=4, num_stages=3, **sizes)
-        _merge_kernel[B*HQ,](part, high, low, o, splits + 1, D=D, BD=BD, BS=triton.next_power_of_2(splits + 1), num_warps=4)
-    st.pending.add_(1)
+        cores = torch.cuda.get_device_properties(keys.device).multi_processor_count if keys.is_cuda else 4
+        splits = max(1, min(triton.cdiv(slots, 128), triton.cdiv(2*cores, B*H), 127))
+    BD, BV = (max(16, triton.next_power_of_2(x)) for x in (D, V))
+    part, high, low, o = (torch.empty(s, dtype=torch.float32, device=keys.device)
+                          for s in ((B, HQ, splits + 1, BV), (B, HQ, splits + 1), (B, HQ, splits + 1), (B, H, R, V)))
+    if c is not None: c, total = c.contiguous(), total.contiguous()
+    with torch.cuda.device_of(keys):
+        _decode_kernel[splits + 1, B, H](queries, keys, keys if recent is None else recent.contiguous(), values, valid, c, total, _on_device(bounds, keys.device),
+                                         part, high, low, B, S, W, P, slots, splits + 1, H=H, R=R, D=D, DV=V, BD=BD, BV=BV,
+                                         BR=max(16, triton.next_power_of_2(R)), BN=64, GATE=c is not None, num_warps=4, num_stages=2)
+        _merge_kernel[B*HQ,](part, high, low, o, splits + 1, DV=V, BV=BV, BS=triton.next_power_of_2(splits + 1), num_warps=4)
     return o
 
 # ------------------------------------------------------------------------------------------------ ahead-of-time compilation
@@ -958,32 +869,30 @@ def path_attention_step(state: DecodeState, # changed in place
 def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16', 'fp32'
               dims: tuple[int, ...] = (64, 128), # head dims
               gates: tuple[bool, ...] = (False, True), # without and with a gate
-             ) -> list: # of `aot.Case`: every kernel as `path_attention` and `path_attention_step` launch it, 32 query and 8 key heads
+             ) -> list: # of `aot.Case`: every kernel as it is launched, with 32 query and 8 key heads
     "What `rlcr_suite.kernels.aot` compiles"
     from .aot import Case
-    kernels = (_prepare_kernel, _compose_kernel, _transport_kernel, _forward_kernel, _query_grad_kernel, _key_grad_kernel,
-               _transport_grad_kernel, _node_grad_kernel, _split_kernel, _query_prepare_grad_kernel, _key_prepare_grad_kernel,
-               _recent_kernel, _cache_kernel, _merge_kernel, _flush_kernel)
-    tables = {'leaf', 'joins', 'ptr', 'steps', 'tiles', 'rects', 'sources', 'pending', 'length'}
-    floats, ints = {'scale', 'gscale', 'coef'}, {'T', 'N', 'S', 'nodes', 'slots', 'q_slots', 'k_slots', 'plane', 'splits'}
-    data = {'q', 'k', 'v', 'o', 'do', 'dq', 'dk', 'xq', 'xk', 'vs'}
+    kernels = (_prepare_kernel, _compose_kernel, _transport_kernel, _forward_kernel, _query_grad_kernel, _key_grad_kernel, _transport_grad_kernel,
+               _node_grad_kernel, _split_kernel, _query_prepare_grad_kernel, _key_prepare_grad_kernel, _decode_kernel, _merge_kernel)
+    types = dict.fromkeys(('leaf', 'joins', 'ptr', 'steps', 'tiles', 'rects', 'sources', 'bounds'), '*i32') | dict(seen='*u8')
+    types |= dict.fromkeys(('scale', 'gscale', 'coef'), 'fp32')
+    types |= dict.fromkeys(('T', 'N', 'S', 'B', 'W', 'P', 'nodes', 'slots', 'q_slots', 'k_slots', 'plane', 'splits'), 'i32')
     found = []
     for dtype in dtypes:
+        data = dict.fromkeys(('q', 'k', 'v', 'o', 'do', 'dq', 'xq', 'xk', 'keys', 'values'), f'*{dtype}')
+        own = {'transport': dict(out=f'*{dtype}'), 'key_prepare_grad': dict(dk=f'*{dtype}'),
+               'decode': dict(q='*fp32', c='*fp64', total='*fp64'), 'merge': dict(o='*fp32')}
         for D in dims:
-            BD, torch_dtype = max(16, triton.next_power_of_2(D)), dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[dtype]
-            cfg = config(torch_dtype, BD)
-            const = dict(HQ=32, H=8, D=D, BD=BD, C=CHUNK, R=4, BR=16, BS=32, SAVE=True, PREC=cfg.prec, KEYS=True)
+            BD = max(16, triton.next_power_of_2(D))
+            cfg = config(dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[dtype], BD)
+            const = dict(HQ=32, H=8, D=D, BD=BD, C=CHUNK, SAVE=True, KEYS=True, DV=D, BV=BD, BR=16, BS=64, PREC=cfg.prec)
+            how = {'forward': (cfg.forward, 'BN'), 'query_grad': (cfg.queries, 'BN'), 'key_grad': (cfg.keys, 'BM'), 'decode': ((64, 4, 2), 'BN'), 'merge': ((64, 4, 3), 'BN')}
             for kernel in kernels:
                 name = kernel.__name__.strip('_').removesuffix('_kernel')
-                special = {'forward': (dict(BN=cfg.forward[0]), *cfg.forward[1:]), 'query_grad': (dict(BN=cfg.queries[0]), *cfg.queries[1:]),
-                           'key_grad': (dict(BM=cfg.keys[0]), *cfg.keys[1:]), 'cache': (dict(BN=64), 4, 3), 'merge': ({}, 4, 3),
-                           'recent': ({}, 8, 3), 'flush': (dict(BN=64), 8, 1)}
-                blocks, warps, stages = special.get(name, (dict(BN=min(64, BD)), cfg.warps, 1))
-                half = data | dict(cache={'ks'}, flush={'ks'}, transport={'out'}).get(name, set())
-                if name == 'query_prepare_grad': half -= {'dk'}
+                (block, warps, stages), letter = how.get(name, ((min(64, BD), cfg.warps, 1), 'BN'))
                 for gate in gates if 'GATE' in kernel.arg_names else (False,):
-                    values = {a: x for a, x in (const | blocks | dict(GATE=gate)).items() if a in kernel.arg_names}
-                    types = {a: '*i32' if a in tables else 'fp32' if a in floats else 'i32' if a in ints else f'*{dtype}' if a in half else '*fp32'
-                             for a in kernel.arg_names if a not in values}
-                    found.append(Case(f"{name} {dtype} d{D}" + ' gate'*gate, kernel, types, values, warps, stages))
+                    values = const | {letter: block, 'GATE': gate, 'R': 4}
+                    values = {a: x for a, x in values.items() if a in kernel.arg_names}
+                    kinds = {a: (types | data | own.get(name, {})).get(a, '*fp32') for a in kernel.arg_names if a not in values}
+                    found.append(Case(f"{name} {dtype} d{D}" + ' gate'*gate, kernel, kinds, values, warps, stages))
     return found

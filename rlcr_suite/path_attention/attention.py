@@ -282,7 +282,7 @@ def _descend(s: _Sizes, dO: torch.Tensor, V: torch.Tensor, o: torch.Tensor, lse:
             if r: dcl += gk[..., D:D + r]
     return dQ, dK, dV, dc, dP
 
-# %% ../../nbs/05_path_attention/03_attention.ipynb #8832c7e7
+# %% ../../nbs/05_path_attention/03_attention.ipynb #368ba657
 class _Saved(NamedTuple):
     "What the backward needs beside the inputs"
     s: _Sizes
@@ -301,8 +301,8 @@ def _types(v: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
     return wide, v.dtype if v.dtype.itemsize < 4 else wide
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor | None, beta: torch.Tensor | None, gate: torch.Tensor | None,
-             scale: float, save: bool = False) -> tuple[torch.Tensor, _Saved | None]:
-    "The output, and what its backward needs"
+             scale: float, save: bool = False) -> tuple[torch.Tensor, torch.Tensor, _Saved | None]:
+    "The output, its log-sum-exp (B, T, HQ), and what the backward needs"
     s, (wide, half) = _sizes(q, v), _types(v)
     ins = [None if x is None else _blocked(x, s) for x in (q, k, v, w, beta)]
     def new(*shape): return torch.empty(s.M, *shape, dtype=wide, device=q.device)
@@ -317,8 +317,7 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor 
         if save: slabs.append((p, X, qw))
     leaf_lse, tape = (lse.clone(), []) if save else (None, None)
     products = _climb(s, *(None if x is None else x.unflatten(0, (s.N, s.n)) for x in (Q, K, V, o, lse, P, c)), half, tape)
-    out = _unblocked(o, s).to(v.dtype)
-    return out, _Saved(s, V, o, lse, leaf_lse, c, *map(list, zip(*slabs)), products, tape) if save else None
+    return _unblocked(o, s).to(v.dtype), _unblocked(lse, s), _Saved(s, V, o, lse, leaf_lse, c, *map(list, zip(*slabs)), products, tape) if save else None
 
 def _backward(saved: _Saved, do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor | None,
               beta: torch.Tensor | None, gate: torch.Tensor | None, scale: float) -> list[torch.Tensor | None]:
@@ -347,12 +346,12 @@ def _backward(saved: _Saved, do: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
     dg = None if gate is None else -_unblocked(dc.double().flatten(1), s).flip(1).cumsum(1).flip(1).to(gate.dtype)
     return [None if x is None else x[:, :s.T] for x in outs] + [dg]
 
-# %% ../../nbs/05_path_attention/03_attention.ipynb #8dfb6f0b
+# %% ../../nbs/05_path_attention/03_attention.ipynb #3f509447
 class _PathAttention(torch.autograd.Function):
     "The tree as one differentiable function"
     @staticmethod
     def forward(ctx, q, k, v, w, beta, gate, scale):
-        out, saved = _forward(q, k, v, w, beta, gate, scale, save=True)
+        out, _, saved = _forward(q, k, v, w, beta, gate, scale, save=True)
         *fixed, ps, Xs, qws, products, tape = saved[1:]
         ctx.s, ctx.scale, lists = saved.s, scale, (fixed, ps, Xs, qws, products, tape)
         ctx.lengths = [len(x) for x in lists]

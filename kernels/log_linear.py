@@ -10,7 +10,7 @@ A sequence is cut into chunks of C tokens. Chunk n looks back at one *node* for 
 (n >> l) << l. A node holds a state Z (K,V), its log-decay and, in the delta form, its transition P (K,K); two neighbours merge into
 their parent by  Z = exp(D_right) P_right Z_left + Z_right,  P = P_right P_left.  So
 
-    forward    _solve (delta: a triangular inverse a chunk) -> _state (leaves) -> _merge (a launch a level) -> _output
+    forward    _solve, _join (delta: a triangular inverse a chunk) -> _state (leaves) -> _merge (a launch a level) -> _output
     backward   _transport (delta: q seen from every node) -> _query_grad -> _node_grad -> _split (_merge reversed)
                -> _value_grad -> _solve_grad (delta) -> _key_grad
 
@@ -97,24 +97,41 @@ def _level_weights(lam, rows, ok, head, heads, L, level, C: tl.constexpr, LOG: t
 # -------------------------------------------------------------------------------------------------------------------------- forward
 
 @triton.jit
-def _solve_kernel(k, beta, inverse, chunks, R, G, H, K: tl.constexpr, C: tl.constexpr, LOG: tl.constexpr, BK: tl.constexpr,
-                  PRECISION: tl.constexpr):
-    """inverse (chunks,H,C,C) = (I + N)^-1, N = stril(diag(beta) K K').
+def _solve_kernel(k, beta, inverse, chunks, R, G, H, K: tl.constexpr, C: tl.constexpr, SIDE: tl.constexpr, LOG: tl.constexpr,
+                  BK: tl.constexpr, PRECISION: tl.constexpr):
+    """Diagonal blocks of inverse (chunks,H,C,C) = (I + N)^-1, N = stril(diag(beta) K K'), each (SIDE,SIDE), SIDE = 2^LOG.
 
-    The same tree once more: inv([[A,0],[B,D]]) = [[A^-1,0],[-D^-1 B A^-1, D^-1]], and the blocks B of one size are the entries of
+    The same tree once more: inv([[X,0],[B,Y]]) = [[X^-1,0],[-Y^-1 B X^-1, Y^-1]], and the blocks B of one size are the entries of
     one level. Unlike powers of N, no intermediate is larger than the inverses of blocks, whatever the keys."""
-    c, h = tl.program_id(0), tl.program_id(1)
-    rows, ok = _tokens(chunks, c, C)
-    i = tl.arange(0, C)
+    c, h, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i = tl.arange(0, SIDE)
+    rows, ok = _tokens(chunks, c, SIDE)
+    rows += n*SIDE
+    ok = rows < tl.load(chunks + c*4 + 1)
     key = _tile(k, rows, ok, h//R, G, 0, K, BK)
     b = tl.load(beta + rows*H + h, mask=ok, other=0.)
-    level = _level(C, LOG)
+    level = _level(SIDE, LOG)
     below = tl.where(i[:, None] > i[None, :], tl.dot(key, tl.trans(key), input_precision=PRECISION)*b[:, None], 0.)
     x = tl.where(level == 0, 1., 0.) - tl.where(level == 1, below, 0.)
     for l in range(2, LOG + 1):
         step = tl.dot(tl.where(level == l, below, 0.), x, input_precision="tf32x3")
         x -= tl.dot(x, step, input_precision="tf32x3")
-    _put_matrix(inverse, x, c*H + h, 0, 0, C, C, C, C)
+    _put_matrix(inverse, x, c*H + h, n*SIDE, n*SIDE, C, C, SIDE, SIDE)
+
+@triton.jit
+def _join_kernel(k, beta, inverse, chunks, R, G, H, K: tl.constexpr, SIDE: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
+    "The last level of the inverse, where a chunk is two blocks: -Y^-1 B X^-1 and, above the diagonal, zeros"
+    c, h = tl.program_id(0), tl.program_id(1)
+    rows, ok = _tokens(chunks, c, SIDE)
+    early = _tile(k, rows, ok, h//R, G, 0, K, BK)
+    rows += SIDE
+    ok = rows < tl.load(chunks + c*4 + 1)
+    late, b = _tile(k, rows, ok, h//R, G, 0, K, BK), tl.load(beta + rows*H + h, mask=ok, other=0.)
+    x = tl.dot(late, tl.trans(early), input_precision=PRECISION)*b[:, None]
+    x = tl.dot(x, _matrix(inverse, c*H + h, 0, 0, 2*SIDE, 2*SIDE, SIDE, SIDE), input_precision="tf32x3")
+    x = tl.dot(_matrix(inverse, c*H + h, SIDE, SIDE, 2*SIDE, 2*SIDE, SIDE, SIDE), x, input_precision="tf32x3")
+    _put_matrix(inverse, -x, c*H + h, SIDE, 0, 2*SIDE, 2*SIDE, SIDE, SIDE)
+    _put_matrix(inverse, tl.zeros([SIDE, SIDE], tl.float32), c*H + h, 0, SIDE, 2*SIDE, 2*SIDE, SIDE, SIDE)
 
 @triton.jit
 def _state_kernel(k, v, g, beta, inverse, z32, p32, z, p, total, chunks, leaf, R, G, H, K: tl.constexpr, V: tl.constexpr,
@@ -673,8 +690,11 @@ def _forward(z:_Sizes, plan:Schedule, q, k, v, g, lam, beta)->tuple:
     state_r = state if exact else torch.empty_like(state, dtype=z.dtype)
     transition_r = transition if exact or not z.delta else torch.empty_like(transition, dtype=z.dtype)
     common = dict(K=z.K, V=z.V, BN=z.BN, DELTA=z.delta, PRECISION=z.precision)
-    if z.delta: _launch(_solve_kernel, (n, z.H), (k, beta, inverse, plan.chunks, z.R, z.G, z.H), 4, K=z.K, C=z.C, LOG=z.LOG, BK=z.BK,
-                        PRECISION=z.precision)
+    if z.delta:
+        side = min(z.C, 32)
+        solve = dict(K=z.K, SIDE=side, BK=z.BK, PRECISION=z.precision)
+        _launch(_solve_kernel, (n, z.H, z.C//side), (k, beta, inverse, plan.chunks, z.R, z.G, z.H), 4, C=z.C, LOG=side.bit_length() - 1, **solve)
+        if z.C > side: _launch(_join_kernel, (n, z.H), (k, beta, inverse, plan.chunks, z.R, z.G, z.H), 4, **solve)
     if plan.n_nodes: _launch(_state_kernel, (n, z.H, z.tiles(z.delta)), (k, v, g, beta, inverse, state, transition, state_r, transition_r,
                              total, plan.chunks, plan.leaf, z.R, z.G, z.H), 4, C=z.C, BK=z.BK, **common)
     rows = triton.cdiv(z.K, z.BM)*z.tiles(True) if z.delta else triton.cdiv(z.K*z.V, z.BLOCK)
@@ -802,7 +822,7 @@ def log_linear_attention(q:torch.Tensor, # (B,T,G,K) queries
                          scale:float|None=None, # factor of the output; None is 1
                          cu_seqlens:torch.Tensor|None=None, # (N+1,) bounds of N sequences packed in one row
                          return_state:bool=False, # also return the state after the last token, for `log_linear_step`
-                         chunk:int=CHUNK, # tokens a chunk, a power of two of at least 16
+                         chunk:int=CHUNK, # tokens a chunk: 16, 32 or 64
                         )->torch.Tensor|tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]: # (B,T,H,V), and (state, tokens seen)
     """Log-linear attention on a GPU (equation at the top of this file), with gradients for every input.
 
@@ -810,7 +830,7 @@ def log_linear_attention(q:torch.Tensor, # (B,T,G,K) queries
     `ValueError` for shapes that do not fit, for more tokens than `lam` has levels for, and for what `why_not` names."""
     _check(q, k, v, g, lam, beta)
     if reason := why_not(q, k, v): raise ValueError(reason)
-    if chunk < 16 or chunk & (chunk - 1): raise ValueError(f"chunk must be a power of two of at least 16, got {chunk}")
+    if chunk not in (16, 32, 64): raise ValueError(f"chunk must be 16, 32 or 64, got {chunk}")
     (B, T), L = v.shape[:2], lam.shape[-1]
     lengths = _lengths(B, T, cu_seqlens)
     if L < 1 or max(lengths, default=0) > 1 << (L - 1):

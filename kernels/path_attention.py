@@ -186,40 +186,52 @@ def _decay(c, base, plane, t, ref, live):
     return tl.where(live, hi + lo, 0.)
 
 @triton.jit
-def _prepare_kernel(q, k, w, beta, c, leaf, logits, qt, kt, p, inv, T, N, nodes, plane, scale, gscale, # scales times log2(e)
-                    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
-                    GATE: tl.constexpr, SAVE: tl.constexpr, PREC: tl.constexpr):
-    "A leaf of one key head and its query heads: inverse (C,C), P (BD,BD), keys at the leaf's end, logits (C,C), queries at its start"
+def _prepare_kernel(k, w, beta, leaf, inv, u, y, kt, p, T, N, nodes, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
+                    SAVE: tl.constexpr, PREC: tl.constexpr):
+    "A leaf of one key head: the inverse, U = T stril(W K') (C,C), Y = T W (C,BD), P = I - W'Y (BD,BD), keys carried to the leaf's end"
     n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     first, end, node = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1), tl.load(leaf + n*3 + 2)
-    i, d = tl.arange(0, C), tl.arange(0, BD)
-    live, every, tok = first + i < end, i >= 0, b*T + first
-    below, causal = i[:, None] > i[None, :], i[:, None] >= i[None, :]
-    wt = _tile(w, (tok*H + h)*D, i, d, live, H*D, D).to(tl.float32)
-    bt = tl.load(beta + (tok + i)*H + h, mask=live, other=0.).to(tl.float32)
+    i, d, m = tl.arange(0, C), tl.arange(0, BD), bh*N + n
+    live, every, at = first + i < end, i >= 0, ((b*T + first)*H + h)*D
+    below = i[:, None] > i[None, :]
+    wt = _tile(w, at, i, d, live, H*D, D).to(tl.float32)
+    bt = tl.load(beta + (b*T + first + i)*H + h, mask=live, other=0.).to(tl.float32)
     x = _unit_lower_inverse(tl.where(below, bt[:, None]*_dot(wt, tl.trans(wt), 'tf32x3'), 0.), C)
-    if SAVE: tl.store(_square(inv, (bh*N + n)*C*C, i, i, C), x)
+    if SAVE: tl.store(_square(inv, m*C*C, i, i, C), x)
     x *= bt[None, :]                                                             # T = (I + stril(diag(beta) W W'))^-1 diag(beta)
-    y = _dot(x, wt, PREC)                                                        # Y = T W
+    yy = _dot(x, wt, PREC)
+    tl.store(_square(y, m*C*BD, i, d, BD), yy)
     if node >= 0:
         eye = tl.where(d[:, None] == d[None, :], 1., 0.)
-        tl.store(_square(p, (bh*nodes + node)*BD*BD, d, d, BD), eye - _dot(tl.trans(wt), y, PREC))
-    kk = _tile(k, (tok*H + h)*D, i, d, live, H*D, D).to(tl.float32)
-    u = _dot(x, tl.where(below, _dot(wt, tl.trans(kk), PREC), 0.), PREC)         # U = T stril(W K')
-    _put(kt, (bh*N + n)*C*BD, i, d, every, kk - _dot(tl.trans(u), wt, PREC), BD, BD)
-    for r in range(HQ // H):
-        hq = h*(HQ // H) + r
-        m = (b*HQ + hq)*N + n                                                    # this leaf of this query head
-        qq = _tile(q, (tok*HQ + hq)*D, i, d, live, HQ*D, D).to(tl.float32)
-        qw = tl.where(causal, _dot(qq, tl.trans(wt), PREC), 0.)
-        a = (_dot(qq, tl.trans(kk), PREC) - _dot(qw, u, PREC))*scale
-        if GATE:
-            at = c + (b*HQ + hq)*T + first + i
-            hi, lo = tl.load(at, mask=live, other=0.), tl.load(at + plane, mask=live, other=0.)
-            a += ((hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :]))*gscale
-        tl.store(_square(logits, m*C*C, i, i, C), tl.where(causal, a, float('-inf')))
-        _put(qt, m*C*BD, i, d, every, qq - _dot(qw, y, PREC), BD, BD)
+        tl.store(_square(p, (bh*nodes + node)*BD*BD, d, d, BD), eye - _dot(tl.trans(wt), yy, PREC))
+    kk = _tile(k, at, i, d, live, H*D, D).to(tl.float32)
+    uu = _dot(x, tl.where(below, _dot(wt, tl.trans(kk), PREC), 0.), PREC)
+    tl.store(_square(u, m*C*C, i, i, C), uu)
+    _put(kt, m*C*BD, i, d, every, kk - _dot(tl.trans(uu), wt, PREC), BD, BD)
+
+@triton.jit
+def _query_prepare_kernel(q, k, w, u, y, c, leaf, logits, qt, T, N, plane, scale, gscale, # scales times log2(e)
+                          HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
+                          GATE: tl.constexpr, PREC: tl.constexpr):
+    "A leaf of one query head: with S = tril(Q W'), its own logits tril(Q K') - S U (C,C), and queries carried to its start, Q - S Y"
+    n, bhq = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, hq = bhq // HQ, bhq % HQ
+    h = hq // (HQ // H)
+    first, end = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1)
+    i, d, m = tl.arange(0, C), tl.arange(0, BD), (b*H + h)*N + n
+    live, every, at = first + i < end, i >= 0, ((b*T + first)*H + h)*D
+    causal = i[:, None] >= i[None, :]
+    qq = _tile(q, ((b*T + first)*HQ + hq)*D, i, d, live, HQ*D, D).to(tl.float32)
+    s = tl.where(causal, _dot(qq, tl.trans(_tile(w, at, i, d, live, H*D, D).to(tl.float32)), PREC), 0.)
+    a = _dot(qq, tl.trans(_tile(k, at, i, d, live, H*D, D).to(tl.float32)), PREC)
+    a = (a - _dot(s, tl.load(_square(u, m*C*C, i, i, C)), PREC))*scale
+    if GATE:
+        ptr = c + bhq*T + first + i
+        hi, lo = tl.load(ptr, mask=live, other=0.), tl.load(ptr + plane, mask=live, other=0.)
+        a += ((hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :]))*gscale
+    tl.store(_square(logits, (bhq*N + n)*C*C, i, i, C), tl.where(causal, a, float('-inf')))
+    _put(qt, (bhq*N + n)*C*BD, i, d, every, qq - _dot(s, tl.load(_square(y, m*C*BD, i, d, BD)), PREC), BD, BD)
 
 @triton.jit
 def _compose_kernel(p, joins, nodes, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr):
@@ -359,11 +371,11 @@ def _query_grad_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, do, delta, dl
         for at in range(0, size, BN):
             kk = tl.load(_square(xk, kbase + (krow + at)*BD, jj, d, BD))
             vv = _tile(v, vbase + (key + at)*H*D, jj, d, jj >= 0, H*D, D)
-            s = _dot(qq, tl.trans(kk), PREC)*scale
-            if GATE: s += qc[:, None] - _decay(c, cbase, plane, key + at + jj, key + size - 1, jj >= 0)[None, :]*gscale
-            ds = tl.exp2(s - z[:, None])*(_dot(g, tl.trans(vv), PREC) - dd[:, None])
-            if GATE: dcq += tl.sum(ds, 1)
-            dq = tl.dot(ds.to(kk.dtype), kk, dq, input_precision=PREC)
+            x = _dot(qq, tl.trans(kk), PREC)*scale
+            if GATE: x += qc[:, None] - _decay(c, cbase, plane, key + at + jj, key + size - 1, jj >= 0)[None, :]*gscale
+            dx = tl.exp2(x - z[:, None])*(_dot(g, tl.trans(vv), PREC) - dd[:, None])
+            if GATE: dcq += tl.sum(dx, 1)
+            dq = tl.dot(dx.to(kk.dtype), kk, dq, input_precision=PREC)
         _put(dxq, qbase + qrow*BD, i, d, (i < C) | (q0 >= 0), dq, BD, BD)
         e += 1
     if GATE: tl.store(dc + bhq*T + first + i, dcq, mask=live)
@@ -420,13 +432,13 @@ def _key_grad_kernel(xq, xk, v, logits, c, tiles, rects, lse, do, delta, dv, dxk
             there = at + ii < size
             qq = tl.load(_square(xq, qbase + (qrow + at)*BD, ii, d, BD))
             gg = _tile(do, gbase + (query + at)*HQ*D, ii, d, there, HQ*D, D)
-            s = _dot(kk, tl.trans(qq), PREC)*scale
-            if GATE: s += _decay(c, row, plane, query + at + ii, query - 1, there)[None, :]*gscale - kc[:, None]
-            s = tl.exp2(s - tl.load(lse + row + query + at + ii, mask=there, other=float('inf'))[None, :])
-            dvv = tl.dot(s.to(gg.dtype), gg, dvv, input_precision=PREC)
-            s *= _dot(vv, tl.trans(gg), PREC) - tl.load(delta + row + query + at + ii, mask=there, other=0.)[None, :]
-            if GATE: dck += tl.sum(s, 1)
-            dk = tl.dot(s.to(qq.dtype), qq, dk, input_precision=PREC)
+            x = _dot(kk, tl.trans(qq), PREC)*scale
+            if GATE: x += _decay(c, row, plane, query + at + ii, query - 1, there)[None, :]*gscale - kc[:, None]
+            x = tl.exp2(x - tl.load(lse + row + query + at + ii, mask=there, other=float('inf'))[None, :])
+            dvv = tl.dot(x.to(gg.dtype), gg, dvv, input_precision=PREC)
+            x *= _dot(vv, tl.trans(gg), PREC) - tl.load(delta + row + query + at + ii, mask=there, other=0.)[None, :]
+            if GATE: dck += tl.sum(x, 1)
+            dk = tl.dot(x.to(qq.dtype), qq, dk, input_precision=PREC)
         _put(dxk, kbase + krow*BD, j, d, j >= 0, dk, BD, BD)
         e += 1
     _put(dv, gbase + first.to(tl.int64)*HQ*D, j, d, live, dvv, HQ*D, D)
@@ -435,10 +447,10 @@ def _key_grad_kernel(xq, xk, v, logits, c, tiles, rects, lse, do, delta, dv, dxk
 # ------------------------------------------------------------------------------------------------- the way back to leaves
 
 @triton.jit
-def _transport_grad_kernel(dx, p, ptr, steps, total, dtile, N, slots, nodes, scale, HQ: tl.constexpr, H: tl.constexpr, BD: tl.constexpr,
+def _transport_grad_kernel(dx, p, ptr, steps, dtile, N, slots, nodes, scale, HQ: tl.constexpr, H: tl.constexpr, BD: tl.constexpr,
                            C: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr):
-    """A leaf of one head down the tree: the gradient of a copy is its own plus that of the next one, carried back. `total` keeps
-    the sum at every level. Keys: `dx` has one copy a query head, added up here; queries: H = HQ."""
+    """A leaf of one head down the tree: the gradient of a copy is its own plus that of the next one, carried back; `dx` becomes the sum.
+    Keys have one gradient a query head: these are added up, in the place of the group's first."""
     n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     R: tl.constexpr = HQ // H if KEYS else 1
     G: tl.constexpr = 1 if KEYS else HQ // H                                     # query heads that share this head's P
@@ -452,12 +464,12 @@ def _transport_grad_kernel(dx, p, ptr, steps, total, dtile, N, slots, nodes, sca
             if KEYS: sum = _dot(sum, tl.load(m + d[:, None]*BD + d[None, :]), PREC)
             else: sum = _dot(sum, tl.load(m + d[None, :]*BD + d[:, None]), PREC)
         for r in range(R): sum += scale*tl.load(_square(dx, ((bh*R + r)*slots + slot)*C*BD, i, d, BD))
-        tl.store(_square(total, (bh*slots + slot)*C*BD, i, d, BD), sum)
+        tl.store(_square(dx, (bh*R*slots + slot)*C*BD, i, d, BD), sum)
         e -= 1
     tl.store(_square(dtile, (bh*N + n)*C*BD, i, d, BD), sum)
 
 @triton.jit
-def _node_grad_kernel(xq, xk, tq, tk, sources, dp, q_slots, k_slots, nodes, HQ: tl.constexpr, H: tl.constexpr, BD: tl.constexpr,
+def _node_grad_kernel(xq, xk, dxq, dxk, sources, dp, q_slots, k_slots, nodes, HQ: tl.constexpr, H: tl.constexpr, BD: tl.constexpr,
                       BN: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
     "Gradient of P of a node from what went through it, BN columns: y = x P gives x'dy, y = x P' gives dy'x; summed leaf by leaf"
     node, col, bh = tl.program_id(0), tl.program_id(1)*BN + tl.arange(0, BN), tl.program_id(2).to(tl.int64)
@@ -470,11 +482,11 @@ def _node_grad_kernel(xq, xk, tq, tk, sources, dp, q_slots, k_slots, nodes, HQ: 
             base = (bh*(HQ // H) + r)*q_slots*C*BD
             for at in range(0, leaves*C, C):
                 x = tl.load(_square(xq, base + (before + at)*BD, i, d, BD)).to(tl.float32)
-                sum = tl.dot(tl.trans(x), tl.load(_square(tq, base + (after + at)*BD, i, col, BD)), sum, input_precision=PREC)
+                sum = tl.dot(tl.trans(x), tl.load(_square(dxq, base + (after + at)*BD, i, col, BD)), sum, input_precision=PREC)
     else:
-        base = bh*k_slots*C*BD
+        base, first = bh*k_slots*C*BD, bh*(HQ // H)*k_slots*C*BD
         for at in range(0, leaves*C, C):
-            dy = tl.load(_square(tk, base + (after + at)*BD, i, d, BD))
+            dy = tl.load(_square(dxk, first + (after + at)*BD, i, d, BD))
             sum = tl.dot(tl.trans(dy), tl.load(_square(xk, base + (before + at)*BD, i, col, BD)).to(tl.float32), sum, input_precision=PREC)
     tl.store(_square(dp, (bh*nodes + node)*BD*BD, d, col, BD), sum)
 
@@ -492,85 +504,92 @@ def _split_kernel(p, dp, joins, nodes, BD: tl.constexpr, BN: tl.constexpr, PREC:
     tl.store(at, tl.load(at) + _dot(tl.load(_square(dp, base + parent*BD*BD, col, d, BD)), l, PREC))
 
 @triton.jit
-def _query_prepare_grad_kernel(q, k, w, beta, leaf, inv, dlogits, dqt, dq, du, dy, dk, dw, dc, T, N, scale, coef,
+def _query_prepare_grad_kernel(q, k, w, u, y, leaf, dlogits, dqt, dq, du, dy, dk, dw, dc, T, N, scale,
                                HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
                                GATE: tl.constexpr, PREC: tl.constexpr):
-    "A leaf of one query head: dq, and its parts of the gradients of U = T stril(W K'), Y = T W, k and w (all within the leaf)"
+    "A leaf of one query head: dq, and its parts of the gradients of U, Y, k and w (`_query_prepare_kernel` says what depends on what)"
     n, bhq = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, hq = bhq // HQ, bhq % HQ
     h = hq // (HQ // H)
     first, end = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1)
-    i, d = tl.arange(0, C), tl.arange(0, BD)
-    live, every, tok, m = first + i < end, i >= 0, b*T + first, bhq*N + n
-    below, causal = i[:, None] > i[None, :], i[:, None] >= i[None, :]
+    i, d, m, mk = tl.arange(0, C), tl.arange(0, BD), bhq*N + n, (b*H + h)*N + n
+    live, at, atq = first + i < end, ((b*T + first)*H + h)*D, ((b*T + first)*HQ + hq)*D
+    causal = i[:, None] >= i[None, :]
     da = tl.load(_square(dlogits, m*C*C, i, i, C))
     if GATE:                                                                     # c as a key of its own leaf, beside c as a query
-        at = dc + bhq*T + first + i
-        tl.store(at, (tl.load(at, mask=live, other=0.) - tl.sum(da, 0))*coef, mask=live)
+        ptr = dc + bhq*T + first + i
+        tl.store(ptr, tl.load(ptr, mask=live, other=0.) - tl.sum(da, 0), mask=live)
     da *= scale
-    wt = _tile(w, (tok*H + h)*D, i, d, live, H*D, D).to(tl.float32)
-    kk = _tile(k, (tok*H + h)*D, i, d, live, H*D, D).to(tl.float32)
-    t = tl.load(_square(inv, ((b*H + h)*N + n)*C*C, i, i, C))*tl.load(beta + (tok + i)*H + h, mask=live, other=0.).to(tl.float32)[None, :]
-    u = _dot(t, tl.where(below, _dot(wt, tl.trans(kk), PREC), 0.), PREC)
     dt = tl.load(_square(dqt, m*C*BD, i, d, BD))
-    # A = tril(Q K') - S U, Q~ = Q - S Y with S = tril(Q W'), Y = T W; so dS = -tril(dA U' + dQ~ W' T')
-    ds = _dot(da, tl.trans(u), PREC) + _dot(_dot(dt, tl.trans(wt), PREC), tl.trans(t), PREC)
+    ds = _dot(da, tl.trans(tl.load(_square(u, mk*C*C, i, i, C))), PREC) + _dot(dt, tl.trans(tl.load(_square(y, mk*C*BD, i, d, BD))), PREC)
     ds = tl.where(causal, -ds, 0.)
-    dqq = dt + _dot(da, kk, PREC) + _dot(ds, wt, PREC)
-    _put(dq, tok*HQ*D + hq*D, i, d, live, dqq, HQ*D, D)
-    qq = _tile(q, tok*HQ*D + hq*D, i, d, live, HQ*D, D).to(tl.float32)
+    wt = _tile(w, at, i, d, live, H*D, D).to(tl.float32)
+    _put(dq, atq, i, d, live, dt + _dot(da, _tile(k, at, i, d, live, H*D, D).to(tl.float32), PREC) + _dot(ds, wt, PREC), HQ*D, D)
+    qq = _tile(q, atq, i, d, live, HQ*D, D).to(tl.float32)
+    tl.store(_square(dk, m*C*BD, i, d, BD), _dot(tl.trans(da), qq, PREC))
+    tl.store(_square(dw, m*C*BD, i, d, BD), _dot(tl.trans(ds), qq, PREC))
     s = tl.where(causal, _dot(qq, tl.trans(wt), PREC), 0.)
     tl.store(_square(du, m*C*C, i, i, C), -_dot(tl.trans(s), da, PREC))
     tl.store(_square(dy, m*C*BD, i, d, BD), -_dot(tl.trans(s), dt, PREC))
-    tl.store(_square(dk, m*C*BD, i, d, BD), _dot(tl.trans(da), qq, PREC))
-    tl.store(_square(dw, m*C*BD, i, d, BD), _dot(tl.trans(ds), qq, PREC))
 
 @triton.jit
-def _key_prepare_grad_kernel(k, w, beta, leaf, inv, du, dy, dk_part, dw_part, dkt, dp, dk, dw, dbeta, T, N, nodes,
-                             HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
-                             PREC: tl.constexpr):
-    "A leaf of one key head: the parts of its query heads added up, then through the UT transform to k, w and beta"
+def _node_leaf_grad_kernel(w, y, leaf, dy, dw, dp, T, N, nodes, HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+                           C: tl.constexpr, PREC: tl.constexpr):
+    "A leaf of one key head: the parts of its query heads added up in the place of the first, and what P = I - W'Y gives to Y and w"
     n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h, R = bh // H, bh % H, HQ // H
     first, end, node = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1), tl.load(leaf + n*3 + 2)
-    i, d = tl.arange(0, C), tl.arange(0, BD)
-    live, tok = first + i < end, b*T + first
+    i, d, m = tl.arange(0, C), tl.arange(0, BD), ((b*HQ + h*R)*N + n)*C*BD
+    at = _square(dy, m, i, d, BD)
+    sum = tl.load(at)
+    for r in range(1, R): sum += tl.load(at + r*N*C*BD)
+    if node >= 0:
+        wt = _tile(w, ((b*T + first)*H + h)*D, i, d, first + i < end, H*D, D).to(tl.float32)
+        sum -= _dot(wt, tl.load(_square(dp, (bh*nodes + node)*BD*BD, d, d, BD)), PREC)
+    tl.store(at, sum)
+    at = _square(dw, m, i, d, BD)
+    sum = tl.load(at)
+    for r in range(1, R): sum += tl.load(at + r*N*C*BD)
+    if node >= 0:
+        pp = tl.load(dp + (bh*nodes + node)*BD*BD + d[None, :]*BD + d[:, None])
+        sum -= _dot(tl.load(_square(y, (bh*N + n)*C*BD, i, d, BD)), pp, PREC)
+    tl.store(at, sum)
+
+@triton.jit
+def _key_prepare_grad_kernel(k, w, beta, leaf, inv, u, du, dy, dk_part, dw_part, dkt, dk, dw, dbeta, T, N,
+                             HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
+    "A leaf of one key head: through U = T S, S = stril(W K'), Y = T W, K~ = K - U'W and the UT transform to k, w and beta"
+    n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h, R = bh // H, bh % H, HQ // H
+    first, end = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1)
+    i, d, m, mk = tl.arange(0, C), tl.arange(0, BD), (b*HQ + h*R)*N + n, bh*N + n
+    live, at = first + i < end, ((b*T + first)*H + h)*D
     below = i[:, None] > i[None, :]
-    wt = _tile(w, (tok*H + h)*D, i, d, live, H*D, D).to(tl.float32)
-    bt = tl.load(beta + (tok + i)*H + h, mask=live, other=0.).to(tl.float32)
-    x = tl.load(_square(inv, (bh*N + n)*C*C, i, i, C))
-    t = x*bt[None, :]
-    m = (b*HQ + h*R)*N + n
-    duu, dyy = tl.load(_square(du, m*C*C, i, i, C)), tl.load(_square(dy, m*C*BD, i, d, BD))
-    dww = tl.load(_square(dw_part, m*C*BD, i, d, BD))
-    for r in range(1, R):
-        duu += tl.load(_square(du, (m + r*N)*C*C, i, i, C))
-        dyy += tl.load(_square(dy, (m + r*N)*C*BD, i, d, BD))
-        dww += tl.load(_square(dw_part, (m + r*N)*C*BD, i, d, BD))
-    if node >= 0:                                                                # P = I - W'Y: dY -= W dP, dW -= Y dP'
-        pp = tl.load(_square(dp, (bh*nodes + node)*BD*BD, d, d, BD))
-        dyy -= _dot(wt, pp, PREC)
-        dww -= _dot(_dot(t, wt, PREC), tl.trans(pp), PREC)
-    dtt = _dot(dyy, tl.trans(wt), PREC)                                          # Y = T W
-    dww += _dot(tl.trans(t), dyy, PREC)
-    kk = _tile(k, (tok*H + h)*D, i, d, live, H*D, D).to(tl.float32)
-    dkk = tl.load(_square(dkt, (bh*N + n)*C*BD, i, d, BD))
-    s = tl.where(below, _dot(wt, tl.trans(kk), PREC), 0.)                        # U = T S, S = stril(W K'); K~ = K - U'W
-    duu -= _dot(wt, tl.trans(dkk), PREC)
-    dww -= _dot(_dot(t, s, PREC), dkk, PREC)
-    dtt += _dot(duu, tl.trans(s), PREC)
+    bt = tl.load(beta + (b*T + first + i)*H + h, mask=live, other=0.).to(tl.float32)
+    t = tl.load(_square(inv, mk*C*C, i, i, C))*bt[None, :]
+    wt = _tile(w, at, i, d, live, H*D, D).to(tl.float32)
+    duu = tl.load(_square(du, m*C*C, i, i, C))
+    for r in range(1, R): duu += tl.load(_square(du, (m + r*N)*C*C, i, i, C))
+    duu -= _dot(wt, tl.trans(tl.load(_square(dkt, mk*C*BD, i, d, BD))), PREC)
     ds = tl.where(below, _dot(tl.trans(t), duu, PREC), 0.)
-    dww += _dot(ds, kk, PREC)
-    dkk += _dot(tl.trans(ds), wt, PREC)
-    for r in range(R): dkk += tl.load(_square(dk_part, (m + r*N)*C*BD, i, d, BD))
-    _put(dk, (tok*H + h)*D, i, d, live, dkk, H*D, D)
-    # T = X diag(beta), X = (I + stril(diag(beta) G))^-1, G = W W': dX = dT diag(beta), d(stril) = -stril(X' dX X') = -stril(X' dT T')
-    dm = tl.where(below, -_dot(_dot(tl.trans(x), dtt, PREC), tl.trans(t), PREC), 0.)
-    db = tl.sum(x*dtt, 0) + tl.sum(dm*_dot(wt, tl.trans(wt), PREC), 1)
-    tl.store(dbeta + (tok + i)*H + h, db, mask=live)
+    # keys
+    sum = tl.load(_square(dkt, mk*C*BD, i, d, BD)) + _dot(tl.trans(ds), wt, PREC)
+    for r in range(R): sum += tl.load(_square(dk_part, (m + r*N)*C*BD, i, d, BD))
+    _put(dk, at, i, d, live, sum, H*D, D)
+    # T = X diag(beta), X = (I + M)^-1, M = stril(diag(beta) W W'): dX = dT diag(beta), dM = -stril(X' dX X') = -stril(X' dT T')
+    kk = _tile(k, at, i, d, live, H*D, D).to(tl.float32)
+    dt = _dot(duu, tl.trans(tl.where(below, _dot(wt, tl.trans(kk), PREC), 0.)), PREC)
+    dt += _dot(tl.load(_square(dy, m*C*BD, i, d, BD)), tl.trans(wt), PREC)
+    x = tl.load(_square(inv, mk*C*C, i, i, C))
+    dm = tl.where(below, -_dot(_dot(tl.trans(x), dt, PREC), tl.trans(t), PREC), 0.)
+    db = tl.sum(x*dt, 0) + tl.sum(dm*_dot(wt, tl.trans(wt), PREC), 1)
+    tl.store(dbeta + (b*T + first + i)*H + h, db, mask=live)
+    # directions
     dm *= bt[:, None]
-    dww += _dot(dm + tl.trans(dm), wt, PREC)
-    _put(dw, (tok*H + h)*D, i, d, live, dww, H*D, D)
+    sum = tl.load(_square(dw_part, m*C*BD, i, d, BD)) + _dot(dm + tl.trans(dm), wt, PREC) + _dot(ds, kk, PREC)
+    sum += _dot(tl.trans(t), tl.load(_square(dy, m*C*BD, i, d, BD)), PREC)
+    sum -= _dot(tl.load(_square(u, mk*C*C, i, i, C)), tl.load(_square(dkt, mk*C*BD, i, d, BD)), PREC)
+    _put(dw, at, i, d, live, sum, H*D, D)
 
 # ------------------------------------------------------------------------------------------------------------- launching
 
@@ -607,18 +626,20 @@ class _Pass:
     def tiles(self, H, n, dtype=torch.float32): return self.new(self.B, H, n, self.C, self.BD, dtype=dtype)
 
     def climb(self, w, beta, c, keep=False):
-        "Leaves, nodes and level copies: logits, copies of queries and keys, P of all nodes, and (keep) the leaves' inverses"
-        s, B, H, HQ, C = self.s, self.B, self.H, self.HQ, self.C
-        logits, qt, kt = self.new(B, HQ, s.leaves, C, C), self.tiles(HQ, s.leaves), self.tiles(H, s.leaves)
-        p = self.new(B, H, max(s.nodes, 1), self.BD, self.BD)
-        inv = self.new(B, H, s.leaves, C, C) if keep else logits
-        _prepare_kernel[s.leaves, B*H](self.q, self.k, w, beta, c, s.leaf, logits, qt, kt, p, inv, self.T, s.leaves, s.nodes, self.plane,
-                                       self.scale*LOG2E, self.coef*LOG2E, D=self.D, GATE=self.gate, SAVE=keep, **self.sizes, **self.leaf)
+        "Leaves, nodes and level copies: logits, copies of queries and keys, P of all nodes, and the leaves' U, Y and (keep) inverses"
+        s, B, H, HQ, C, N = self.s, self.B, self.H, self.HQ, self.C, self.s.leaves
+        u, y, kt, qt = self.new(B, H, N, C, C), self.tiles(H, N), self.tiles(H, N), self.tiles(HQ, N)
+        p, logits = self.new(B, H, max(s.nodes, 1), self.BD, self.BD), self.new(B, HQ, N, C, C)
+        inv = self.new(B, H, N, C, C) if keep else u
+        one = dict(D=self.D, BD=self.BD, C=C, H=H, **self.leaf)
+        _prepare_kernel[N, B*H](self.k, w, beta, s.leaf, inv, u, y, kt, p, self.T, N, s.nodes, SAVE=keep, **one)
+        _query_prepare_kernel[N, B*HQ](self.q, self.k, w, u, y, c, s.leaf, logits, qt, self.T, N, self.plane, self.scale*LOG2E, self.coef*LOG2E,
+                                       HQ=HQ, GATE=self.gate, **one)
         for j in s.joins: _compose_kernel[len(j), self.BD//self.node['BN'], B*H](p, j, s.nodes, num_stages=1, **self.node)
         xq, xk = self.tiles(HQ, max(s.q_slots, 1), self.q.dtype), self.tiles(H, max(s.k_slots, 1), self.q.dtype)
         for x, out, ptr, steps, slots, heads, keys in ((qt, xq, s.q_ptr, s.q_steps, s.q_slots, HQ, False), (kt, xk, s.k_ptr, s.k_steps, s.k_slots, H, True)):
-            _transport_kernel[s.leaves, B*heads](x, p, ptr, steps, out, s.leaves, slots, s.nodes, R=heads//H, BD=self.BD, C=C, KEYS=keys, **self.leaf)
-        return logits, xq, xk, p, inv
+            _transport_kernel[N, B*heads](x, p, ptr, steps, out, N, slots, s.nodes, R=heads//H, BD=self.BD, C=C, KEYS=keys, **self.leaf)
+        return logits, xq, xk, p, u, y, inv
 
     def rects(self, block, name, gate_c):
         "Arguments that the three kernels over rectangles share"
@@ -630,7 +651,7 @@ class _PathAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, w, beta, gate, scale, scale_gate, lengths, chunk):
         run, c = _Pass(q, k, gate, scale, scale_gate, lengths, chunk), _running(gate, q)
-        logits, xq, xk, _, _ = run.climb(w, beta, c)
+        logits, xq, xk, *_ = run.climb(w, beta, c)
         o, lse, s = torch.empty_like(q), run.new(run.B, run.HQ, run.T), run.s
         n, warps, stages = run.cfg.forward
         args, kw = run.rects((min(n, 2*chunk), warps, stages), 'BN', c)
@@ -645,7 +666,7 @@ class _PathAttention(torch.autograd.Function):
         q, k, v, w, beta, gate, o, lse = ctx.saved_tensors
         run, c, do = _Pass(q, k, gate, *ctx.how), _running(gate, q), do.contiguous()
         s, cfg, C, B, T, H, HQ = run.s, run.cfg, run.C, run.B, run.T, run.H, run.HQ
-        logits, xq, xk, p, inv = run.climb(w, beta, c, keep=True)
+        logits, xq, xk, p, u, y, inv = run.climb(w, beta, c, keep=True)
         # rectangles
         delta, dc, dck = (run.new(B, HQ, T) for _ in range(3))
         dlogits, dxq, dxk = torch.empty_like(logits), run.tiles(HQ, max(s.q_slots, 1)), run.tiles(HQ, max(s.k_slots, 1))
@@ -658,25 +679,22 @@ class _PathAttention(torch.autograd.Function):
         _key_grad_kernel[len(s.k_tiles), B*HQ](xq, xk, v, logits, c, s.k_tiles, s.k_rects, lse, do, delta, dv, dxk, dck, *args, **kw)
         del logits
         # copies back to leaves, nodes to leaves
-        tq, dqt = torch.empty_like(dxq), run.tiles(HQ, s.leaves)
-        tk, dkt = run.tiles(H, max(s.k_slots, 1)), run.tiles(H, s.leaves)
-        back = dict(HQ=HQ, H=H, BD=run.BD, C=C, **run.leaf)
-        _transport_grad_kernel[s.leaves, B*HQ](dxq, p, s.q_ptr, s.q_steps, tq, dqt, s.leaves, s.q_slots, s.nodes, run.scale, KEYS=False, **back)
-        _transport_grad_kernel[s.leaves, B*H](dxk, p, s.k_ptr, s.k_steps, tk, dkt, s.leaves, s.k_slots, s.nodes, run.scale, KEYS=True, **back)
-        del dxq, dxk
+        dqt, dkt, back = run.tiles(HQ, s.leaves), run.tiles(H, s.leaves), dict(HQ=HQ, H=H, BD=run.BD, C=C, **run.leaf)
+        _transport_grad_kernel[s.leaves, B*HQ](dxq, p, s.q_ptr, s.q_steps, dqt, s.leaves, s.q_slots, s.nodes, run.scale, KEYS=False, **back)
+        _transport_grad_kernel[s.leaves, B*H](dxk, p, s.k_ptr, s.k_steps, dkt, s.leaves, s.k_slots, s.nodes, run.scale, KEYS=True, **back)
         dp, wide = torch.empty_like(p), run.BD//run.node['BN']
-        if s.nodes: _node_grad_kernel[s.nodes, wide, B*H](xq, xk, tq, tk, s.sources, dp, s.q_slots, s.k_slots, s.nodes, HQ=HQ, H=H, C=C, num_stages=1, **run.node)
+        if s.nodes: _node_grad_kernel[s.nodes, wide, B*H](xq, xk, dxq, dxk, s.sources, dp, s.q_slots, s.k_slots, s.nodes, HQ=HQ, H=H, C=C, num_stages=1, **run.node)
         for j in reversed(s.joins): _split_kernel[len(j), wide, B*H](p, dp, j, s.nodes, num_stages=1, **run.node)
-        del xq, xk, tq, tk
+        del xq, xk, dxq, dxk
         # leaves
         dq, dk, dw = torch.empty_like(q), torch.empty_like(k), torch.empty_like(w)
         dbeta = torch.empty_like(beta)
         du, dy, dk_part, dw_part = torch.empty_like(dlogits), *(run.tiles(HQ, s.leaves) for _ in range(3))
         back['D'] = run.D
-        _query_prepare_grad_kernel[s.leaves, B*HQ](q, k, w, beta, s.leaf, inv, dlogits, dqt, dq, du, dy, dk_part, dw_part, dc, T, s.leaves,
-                                                   run.scale, 1., GATE=run.gate, **back)
-        _key_prepare_grad_kernel[s.leaves, B*H](k, w, beta, s.leaf, inv, du, dy, dk_part, dw_part, dkt, dp, dk, dw, dbeta, T, s.leaves, s.nodes,
-                                                BN=run.node['BN'], **back)
+        _query_prepare_grad_kernel[s.leaves, B*HQ](q, k, w, u, y, s.leaf, dlogits, dqt, dq, du, dy, dk_part, dw_part, dc, T, s.leaves,
+                                                   run.scale, GATE=run.gate, **back)
+        _node_leaf_grad_kernel[s.leaves, B*H](w, y, s.leaf, dy, dw_part, dp, T, s.leaves, s.nodes, **back)
+        _key_prepare_grad_kernel[s.leaves, B*H](k, w, beta, s.leaf, inv, u, du, dy, dk_part, dw_part, dkt, dk, dw, dbeta, T, s.leaves, **back)
         if H != HQ: dv = dv.view(B, T, H, HQ//H, run.D).sum(3).to(v.dtype)
         dgate = _running_grad(dc - dck, run.coef, ctx.how[2]).to(gate.dtype) if run.gate else None
         return dq, dk, dv, dw, dbeta, dgate, None, None, None, None
@@ -860,7 +878,7 @@ def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled:
     with torch.cuda.device_of(keys):
         _decode_kernel[splits + 1, B, H](queries, keys, keys if recent is None else recent.contiguous(), values, valid, c, total, _on_device(bounds, keys.device),
                                          part, high, low, B, S, W, P, slots, splits + 1, H=H, R=R, D=D, DV=V, BD=BD, BV=BV,
-                                         BR=max(16, triton.next_power_of_2(R)), BN=64, GATE=c is not None, num_warps=4, num_stages=2)
+                                         BR=max(16, triton.next_power_of_2(R)), BN=64 if max(BD, BV) <= 64 else 32, GATE=c is not None, num_warps=4, num_stages=2)
         _merge_kernel[B*HQ,](part, high, low, o, splits + 1, DV=V, BV=BV, BS=triton.next_power_of_2(splits + 1), num_warps=4)
     return o
 
@@ -872,10 +890,10 @@ def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16',
              ) -> list: # of `aot.Case`: every kernel as it is launched, with 32 query and 8 key heads
     "What `rlcr_suite.kernels.aot` compiles"
     from .aot import Case
-    kernels = (_prepare_kernel, _compose_kernel, _transport_kernel, _forward_kernel, _query_grad_kernel, _key_grad_kernel, _transport_grad_kernel,
-               _node_grad_kernel, _split_kernel, _query_prepare_grad_kernel, _key_prepare_grad_kernel, _decode_kernel, _merge_kernel)
+    kernels = (_prepare_kernel, _query_prepare_kernel, _compose_kernel, _transport_kernel, _forward_kernel, _query_grad_kernel, _key_grad_kernel, _transport_grad_kernel,
+               _node_grad_kernel, _split_kernel, _query_prepare_grad_kernel, _node_leaf_grad_kernel, _key_prepare_grad_kernel, _decode_kernel, _merge_kernel)
     types = dict.fromkeys(('leaf', 'joins', 'ptr', 'steps', 'tiles', 'rects', 'sources', 'bounds'), '*i32') | dict(seen='*u8')
-    types |= dict.fromkeys(('scale', 'gscale', 'coef'), 'fp32')
+    types |= dict.fromkeys(('scale', 'gscale'), 'fp32')
     types |= dict.fromkeys(('T', 'N', 'S', 'B', 'W', 'P', 'nodes', 'slots', 'q_slots', 'k_slots', 'plane', 'splits'), 'i32')
     found = []
     for dtype in dtypes:
@@ -886,7 +904,7 @@ def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16',
             BD = max(16, triton.next_power_of_2(D))
             cfg = config(dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[dtype], BD)
             const = dict(HQ=32, H=8, D=D, BD=BD, C=CHUNK, SAVE=True, KEYS=True, DV=D, BV=BD, BR=16, BS=64, PREC=cfg.prec)
-            how = {'forward': (cfg.forward, 'BN'), 'query_grad': (cfg.queries, 'BN'), 'key_grad': (cfg.keys, 'BM'), 'decode': ((64, 4, 2), 'BN'), 'merge': ((64, 4, 3), 'BN')}
+            how = {'forward': (cfg.forward, 'BN'), 'query_grad': (cfg.queries, 'BN'), 'key_grad': (cfg.keys, 'BM'), 'decode': ((64 if BD <= 64 else 32, 4, 2), 'BN'), 'merge': ((64, 4, 3), 'BN')}
             for kernel in kernels:
                 name = kernel.__name__.strip('_').removesuffix('_kernel')
                 (block, warps, stages), letter = how.get(name, ((min(64, BD), cfg.warps, 1), 'BN'))

@@ -1,5 +1,5 @@
 "core.decoder: the registry, shared parts, and a model that treats every mixer alike."
-import copy, json, sys
+import copy, json, subprocess, sys
 import pytest
 import torch
 import torch.nn.functional as F
@@ -356,6 +356,12 @@ class TestCoreLM:
     def test_saved_and_loaded_with_its_tokenizer(self, model, tmp_path):
         again, tok = load(save(model, TOK, tmp_path/"m"), device="cpu")
         assert generate(again, tok, PROMPTS, n=2, max_new_tokens=6, seed=1) == generate(model, TOK, PROMPTS, n=2, max_new_tokens=6, seed=1)
+
+    def test_loaded_where_only_core_lm_was_imported(self, tmp_path):
+        save(tiny_decoder(TOK, hidden_size=16, layers=1, heads=2, intermediate_size=16), TOK, tmp_path/"m")
+        code = "import sys; from rlcr_suite.core.lm import load; print(type(load(sys.argv[1], device='cpu')[0]).__name__)"
+        done = subprocess.run([sys.executable, "-c", code, tmp_path/"m"], capture_output=True, text=True, timeout=120)
+        assert done.stdout.split() == ["Decoder"], done.stderr
 
     def test_seeds(self):
         a, b, c = (tiny_decoder(TOK, "test_decay", hidden_size=16, seed=s) for s in (0, 0, 1))

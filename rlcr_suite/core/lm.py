@@ -300,7 +300,7 @@ def _fsync(path: Path) -> None:
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../../nbs/00_core/06_lm.ipynb #6e83df0d
+# %% ../../nbs/00_core/06_lm.ipynb #8415892a
 def _device(name: str) -> str:
     "`auto` is the first accelerator, else the CPU"
     if name != "auto": return name
@@ -319,6 +319,7 @@ def load(name_or_path: str | Path, # a checkpoint's folder or a name on the Hugg
         raise ValueError(f"{path} is not a checkpoint: it has no config.json")
     if not path.is_dir() and (path.is_absolute() or str(name_or_path).startswith((".", "~"))):
         raise ValueError(f"no checkpoint at {path}")
+    from rlcr_suite.core import decoder # registers the suite's own kind of model with transformers
     tok = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, weights_only=True, **kwargs)

@@ -1,7 +1,7 @@
 "What every benchmark shares: the arguments, timing in turns, and a result file that says where it was measured."
 from __future__ import annotations
-import argparse, importlib.metadata, json, os, platform, re, time
-from collections.abc import Callable
+import argparse, gc, importlib.metadata, json, os, platform, re, time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,8 @@ import torch
 
 from rlcr_suite.core.data import atomic_write
 
-def arguments(about:str # one line for --help
+def arguments(about:str, # one line for --help
+              more:Callable[[argparse.ArgumentParser], object]=lambda p: None, # adds what only this benchmark takes
              )->argparse.Namespace:
     "The command line of a benchmark"
     p = argparse.ArgumentParser(description=about)
@@ -18,6 +19,7 @@ def arguments(about:str # one line for --help
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     p.add_argument('--out', type=Path, default=Path(__file__).parent/'results', help='where <device>/<name>.json goes')
+    more(p)
     args = p.parse_args()
     args.repeats = args.repeats or (2 if args.quick else 7)
     return args
@@ -53,14 +55,72 @@ def spread(x:np.ndarray # (repeats,)
     "What is reported of repeated timings; with few repeats their range says more than an interval would"
     return {k: float(f'{v:.4g}') for k, v in dict(median=np.median(x), low=x.min(), high=x.max()).items()}
 
-def write(name:str, args:argparse.Namespace, results:list[dict], libraries:tuple[str, ...])->Path:
+class NotMeasured(Exception):
+    "Why a contender cannot take part here; no fault of its own"
+
+class Lost(Exception):
+    "The GPU refuses this process from now on, as after an access to memory that is not there; says whose run it was, and the failure"
+
+def failure(e:Exception)->str:
+    "One line that says what went wrong"
+    if isinstance(e, NotMeasured): return f'not measured: {e}'
+    if isinstance(e, torch.OutOfMemoryError): return 'failed: out of memory'
+    first = next(iter(str(e).strip().splitlines()), '')
+    return f'failed: {type(e).__name__}: {first[:200]}'.rstrip(': ')
+
+def guarded(name:str, f:Callable[[], object], device:str)->tuple[object, str]:
+    "What f returns and '', or None and why it failed; what it allocated is free again. Raises `Lost` where nothing more can run"
+    try:
+        result = f()
+        _wait(device)
+        return result, ''
+    except Exception as e: why = failure(e)          # outside this clause its traceback no longer holds the tensors
+    gc.collect()
+    try:
+        if device != 'cpu': torch.cuda.empty_cache()
+        _wait(device)
+    except Exception: raise Lost(name, why) from None
+    return None, why
+
+class Clock:
+    "Seconds of one run: CUDA events on a GPU, whose second-level cache is emptied before"
+    def __init__(self, device:str):
+        self.device = device
+        self.other = None if device == 'cpu' else torch.empty(2**28, dtype=torch.uint8, device=device)   # several times any L2
+
+    def __call__(self, f:Callable[[], object], queued:bool=False # the GPU is kept busy while the launches of f are queued
+                )->float:
+        if self.device == 'cpu':
+            start = time.perf_counter()
+            f()
+            return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        self.other.zero_()
+        if queued: torch.cuda._sleep(20_000_000)     # cycles, about 10 ms
+        start.record()
+        f()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)/1e3
+
+def version(library:str)->str|None:
+    "None where it is not installed"
+    try: return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError: return None
+
+def place(name:str, args:argparse.Namespace)->Path:
+    "Where a benchmark's result goes"
+    device = 'cpu' if args.device == 'cpu' else re.sub(r'[^a-z0-9]+', '-', hardware(args.device).lower()).strip('-')
+    return args.out/device/f'{name}.json'
+
+def write(name:str, args:argparse.Namespace, results:list[dict], libraries:tuple[str, ...], more:Mapping={})->Path:
     "Write one benchmark's result beside what it depends on"
-    chip = hardware(args.device)
-    device = 'cpu' if args.device == 'cpu' else re.sub(r'[^a-z0-9]+', '-', chip.lower()).strip('-')
-    versions = {'python': platform.python_version()} | {l: importlib.metadata.version(l) for l in libraries}
-    record = dict(benchmark=name, device=device, hardware=chip, cores=os.cpu_count(), threads=torch.get_num_threads(), versions=versions,
-                  seed=args.seed, repeats=args.repeats, results=results)
-    path = args.out/device/f'{name}.json'
+    path = place(name, args)
+    versions = {'python': platform.python_version()} | {l: version(l) for l in libraries}
+    if args.device != 'cpu': versions['cuda'] = torch.version.cuda
+    record = dict(benchmark=name, device=path.parent.name, hardware=hardware(args.device), cores=os.cpu_count(), threads=torch.get_num_threads(),
+                  versions=versions, seed=args.seed, repeats=args.repeats, **more, results=results)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(record, indent=1) + '\n')
     return path

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['node_lengths', 'backend_for', 'log_linear_attention', 'linear_attention']
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #0a9493e3
+# %% ../../nbs/03_log_linear/04_attention.ipynb #ea22811c
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 import torch
@@ -16,16 +17,10 @@ from .fenwick import buckets, level_mask
 from .forms import earlier_buckets, head_first, in_blocks, masked_attention, transported, tree_attention
 from .recurrence import LogLinearState, accumulator, check_room, empty_state, spread_heads
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #e9cc8bae
+# %% ../../nbs/03_log_linear/04_attention.ipynb #84519f63
 CHUNK = 64 # tokens in a block: products of 64 x 64 x 64 are near the best rate of a CPU, and their number near its minimum
 GROUP = 16 # blocks in a group, a power of two: what it works on fits into a second-level cache
-
-class _Room:
-    "Buffers by name and shape, allocated when first asked for"
-    def __init__(self, like: torch.Tensor): self.like, self.kept = like, {}
-    def __call__(self, name: str, *shape: int) -> torch.Tensor:
-        if (name, shape) not in self.kept: self.kept[name, shape] = self.like.new_empty(shape)
-        return self.kept[name, shape]
+MILD = -40. # log decay of a block down to which its queries may be scaled up: e^40 and its inverse are far from the ends of float32
 
 def _groups(R: int, N: int) -> list[tuple[slice, int, int]]:
     "(rows, first block, blocks): a row's blocks in groups from left to right, or short rows together"
@@ -40,20 +35,7 @@ def _whole(x: torch.Tensor, n: int) -> torch.Tensor:
     y[:, :x.shape[1]] = x
     return y
 
-def _lefts(Z: torch.Tensor, level: Level) -> list[torch.Tensor]:
-    "The left-hand nodes of a level's pairs, in the order of `halves`"
-    n = 2*level.pairs
-    return ([Z[:, 0:n:2]] if level.pairs else []) + ([Z[:, n:n + 1]] if level.right else [])
-
-def _rights(x: torch.Tensor, level: Level) -> list[torch.Tensor]:
-    "The right-hand halves of a level, as views"
-    return [r for _, r in halves(x, level)]
-
-def _batches(R: int, n: int) -> list:
-    "Indices that cut (R, n, ...) into 3-D batches, along rows or along blocks, whichever makes fewer"
-    return list(range(R)) if R <= n else [(slice(None), i) for i in range(n)]
-
-# %% ../../nbs/03_log_linear/04_attention.ipynb #f25b90e6
+# %% ../../nbs/03_log_linear/04_attention.ipynb #a770a674
 @lru_cache(64)
 def _one_hot(C: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     "Level masks of a block as (C, c+1, C): query, level, key"
@@ -65,196 +47,240 @@ def _starts(N: int, device: torch.device) -> torch.Tensor:
     j = torch.arange((N - 1).bit_length(), device=device)[:, None]
     return torch.arange(N, device=device) >> j << j
 
+def _exp(x: torch.Tensor) -> torch.Tensor:
+    "exp in place, without subnormal results and without any that a product with a usual number could make subnormal"
+    return F.threshold_(x, .75*math.log(torch.finfo(x.dtype).tiny), -math.inf).exp_()
+
 class _Decays:
-    "Every decay of R rows: `a` (R, N, C) within blocks, `total` (R, N+1) before blocks, `way` (R, J, N*C) e^p of each level, `node[j]` e^D of its right-hand nodes"
+    """Every decay of R rows: `a` (R, N, C) within blocks; `scale` (R, N, C) of the queries and `end` of the keys; `way` (R, J, N, 1 or C) from the node of
+    each level to where the queries are scaled to; `node[j]` (R, n) of the right-hand nodes of level j; `mild` (R, N)"""
     def __init__(self, g: torch.Tensor, C: int):
         self.a = F.pad(g, (0, -g.shape[1] % C)).unflatten(1, (-1, C)).cumsum(-1)
-        self.total = F.pad(self.a[..., -1].double().cumsum(-1), (1, 0))
-        (R, N, _), self.ends = self.a.shape, []
-        start = _starts(N, g.device)
+        D = self.a[..., -1:]
+        self.mild = (self.a.amin(-1) > MILD).tolist()
+        self.all_mild = all(map(all, self.mild))
+        reached = D if self.all_mild else torch.where((self.a.amin(-1, keepdim=True) > MILD), D, self.a)
+        self.scale, self.end = (self.a - reached).exp_(), _exp(D - self.a)
+        self.total = F.pad(D[..., 0].double().cumsum(-1), (1, 0))
+        start = _starts(self.a.shape[1], g.device)
         p = (self.total[:, None, :-1] - self.total[:, start]).to(g)
-        self.way = (self.a[:, None] + p[..., None]).exp_().flatten(2)
-        for j in range(len(start)):
-            first = torch.arange(1 << j, N, 2 << j, device=g.device)
-            self.ends.append((first, (first + (1 << j)).clamp(max=N)))
-        self.node = [(self.total[:, end] - self.total[:, first]).exp().to(g) for first, end in self.ends]
+        self.way = _exp(reached[:, None] + p[..., None])
+        self.ends = [_right_nodes(self.a.shape[1], j, g.device) for j in range(len(start))]
+        self.node = [_exp((self.total[:, end] - self.total[:, first]).to(g)) for first, end in self.ends]
 
-def _block_weights(a: torch.Tensor, lam: torch.Tensor, hot: torch.Tensor, room: _Room) -> tuple[torch.Tensor, torch.Tensor]:
-    "Decay, where it does not grow, and level weights with the causal mask in them, each (m, C, C)"
-    (m, C), b = a.shape, room("level", a.shape[1], a.shape[0], a.shape[1])
-    decay = torch.sub(a[:, :, None], a[:, None, :], out=room("decay", m, C, C)).clamp_(max=0).exp_()
-    return decay, torch.bmm(lam.transpose(0, 1), hot, out=b).transpose(0, 1)
+@lru_cache(256)
+def _right_nodes(N: int, j: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    "Where the right-hand nodes of level j begin and end, in blocks"
+    first = torch.arange(1 << j, N, 2 << j, device=device)
+    return first, (first + (1 << j)).clamp(max=N)
 
-def _merged(Z: torch.Tensor, decay: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    "The nodes one level up; a last one without sibling goes up as it is"
-    n = Z.shape[1] // 2
-    torch.addcmul(Z[:, 1:2*n:2], Z[:, 0:2*n:2], decay[:, :n, None, None], out=out[:, :n])
-    if Z.shape[1] % 2: out[:, n] = Z[:, -1]
-    return out
+# %% ../../nbs/03_log_linear/04_attention.ipynb #b37bf0e6
+def _batches(x: torch.Tensor) -> list:
+    "Indices that cut (R, n, ...) into 3-D batches, along rows or along blocks, whichever makes fewer"
+    return list(range(x.shape[0])) if x.shape[0] <= x.shape[1] else [(slice(None), i) for i in range(x.shape[1])]
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #0e040add
-class _Group:
-    "Views of one group: m blocks in all, of some rows"
-    def __init__(self, rows: slice, first: int, n: int, C: int, T: int, d: _Decays, w: torch.Tensor, room: _Room):
-        self.rows, self.first, self.n, self.C, self.room, self.d = rows, first, n, C, room, d
-        self.tokens, self.R = slice(first*C, min((first + n)*C, T)), rows.stop - rows.start
-        self.levels, self.number = levels(n*C, C), first // GROUP
-        self.a = d.a[rows, first:first + n].flatten(0, 1)
-        self.end = torch.sub(self.a[:, -1:], self.a).exp_()[..., None]
-        self.w, self.way = (x[rows, :, first*C:(first + n)*C] for x in (w, d.way))
+def _lefts(Z: torch.Tensor, level: Level) -> list[torch.Tensor]:
+    "The left-hand nodes of a level's pairs, in the order of `halves`"
+    n = 2*level.pairs
+    return ([Z[:, 0:n:2]] if level.pairs else []) + ([Z[:, n:n + 1]] if level.right else [])
 
-    def cut(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        "The group's part of x (R, T, D), as rows (R', n*C, D) and as blocks (m, C, D)"
-        x = _whole(x[self.rows, self.tokens], self.n*self.C)
-        return x, x.unflatten(1, (self.n, self.C)).flatten(0, 1)
+def _parts(level: Level, nodes: list[torch.Tensor], *rows: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    "What a level works on, batch by batch: right-hand halves of `rows` (R, T, ...), and left-hand nodes"
+    tensors = [[r for _, r in halves(x, level)] for x in rows] + [_lefts(Z, level) for Z in nodes]
+    return [tuple(x[i] for x in part) for part in zip(*tensors) for i in _batches(part[0])]
 
-    def make(self, name: str, D: int) -> tuple[torch.Tensor, torch.Tensor]:
-        "Room for a result, as `cut` would give it"
-        x = self.room(name, self.R, self.n*self.C, D)
-        return x, x.view(-1, self.C, D)
+class _Work:
+    "Buffers for a group of n blocks in each of R rows"
+    def __init__(self, like: torch.Tensor, R: int, n: int, C: int, K: int, V: int, J: int):
+        self.R, self.n, self.C, self.m, new = R, n, C, R*n, like.new_empty
+        self.q, self.o, self.w, self.way = new(R, n*C, K), new(R, n*C, V), new(R, J, n, C), new(R, J, n, C)
+        self.k, self.S, self.level = new(R*n, C, K), new(R*n, C, C), new(C, R*n, C)
+        self.flat = new(R*n*C*max(K, V) + R*n*K*V)
+        self.qb, self.ob = self.q.view(-1, C, K), self.o.view(-1, C, V)
+        self.levels = levels(n*C, C)
+        self.Z = [new(R, -(-n >> j), K, V) for j in range(len(self.levels) + 1)]
+        self.Zb, self.w_ = self.Z[0].view(-1, K, V), self.w.view(R, J, n*C, 1)
+        self.reads = [_parts(l, [self.Z[j]], self.q, self.o, self.w_[:, j]) for j, l in enumerate(self.levels)]
+        self.reads = [[(q, o, w, Z, self.room(*q.shape[:2], V)) for q, o, w, Z in parts] for parts in self.reads]
+        self.pairs = [(Z[:, 0:Z.shape[1] - 1:2], Z[:, 1::2], up[:, :Z.shape[1] // 2]) for Z, up in zip(self.Z, self.Z[1:])]
+
+    def room(self, *shape: int) -> torch.Tensor:
+        "A view for what is needed for a moment only"
+        return self.flat[:math.prod(shape)].view(shape)
+
+    def load(self, d: _Decays, rows: slice, first: int, q, k, v, lam) -> tuple[torch.Tensor, ...]:
+        "Scale queries and keys, weigh the levels: returns the blocks of q, k, v and of lam"
+        self.rows, self.first, self.blocks = rows, first, slice(first, first + self.n)
+        self.tokens, self.d = slice(first*self.C, min((first + self.n)*self.C, q.shape[1])), d
+        q, k, v, lam = (_whole(x[rows, self.tokens], self.n*self.C).unflatten(1, (self.n, self.C)) for x in (q, k, v, lam))
+        self.scale, self.end = (x[rows, self.blocks].flatten(0, 1)[..., None] for x in (d.scale, d.end))
+        self.mild = d.all_mild or all(all(row[self.blocks]) for row in d.mild[rows])
+        J, c = self.w.shape[1], self.C.bit_length()
+        self.lam = lam[..., c:c + J].movedim(-1, 1)
+        if J: torch.mul(self.lam, d.way[rows, :, self.blocks], out=self.w)
+        q, k, v, lam = (x.flatten(0, 1) for x in (q, k, v, lam[..., :c]))
+        torch.mul(q, self.scale, out=self.qb)
+        torch.mul(k, self.end, out=self.k)
+        return q, k, v, lam
+
+    def scores(self, q, k) -> tuple[torch.Tensor, torch.Tensor | None]:
+        "Scores with their decays, and the decays alone where the group is not mild (@eq-rank-one)"
+        if self.mild: return torch.bmm(self.qb, self.k.mT, out=self.S), None
+        a = self.d.a[self.rows, self.blocks].flatten(0, 1)
+        decay = _exp((a[:, :, None] - a[:, None, :]).clamp_(max=0))
+        return torch.bmm(q, k.mT, out=self.S).mul_(decay), decay
+
+    def up(self, root: bool) -> None:
+        "States of the group's nodes from those of its blocks, up to the root if it is wanted"
+        for j in range(len(self.levels) - (not root)):
+            (L, R, out), at = self.pairs[j], self.first >> j + 1
+            torch.addcmul(R, L, self.d.node[j][self.rows, at:at + out.shape[1], None, None], out=out)
+            if self.Z[j].shape[1] % 2: self.Z[j + 1][:, -1] = self.Z[j][:, -1]        # a last node without sibling goes up as it is
 
     def put(self, x: torch.Tensor, result: torch.Tensor) -> None:
-        "Copy a result of the group to its place"
+        "Copy rows of a result (R, n*C, D) to their place"
         x[self.rows, self.tokens] = result[:, :self.tokens.stop - self.tokens.start]
 
-    def nodes(self, Z: torch.Tensor, root: bool) -> list[torch.Tensor]:
-        "States of the nodes of the group's levels from those of its blocks, up to the root if it is wanted"
-        found = [Z.view(self.R, self.n, *Z.shape[1:])]
-        for j in range(len(self.levels) - (not root)):
-            size, first = found[-1].shape, self.first >> j + 1
-            decay = self.d.node[j][self.rows, first:first + size[1] // 2]
-            found.append(_merged(found[-1], decay, self.room(f"node {j}", size[0], (size[1] + 1) // 2, *size[2:])))
-        return found
-
-# %% ../../nbs/03_log_linear/04_attention.ipynb #2420dc2f
-def _forward(q, k, v, g, lam, o, C: int, keep: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    "Fill `o`; everything is (R, T, ...) and may be strided. Returns, for the backward pass, states of the blocks and of whole groups"
-    (R, T, K), V, c = q.shape, v.shape[-1], C.bit_length()
-    d, room = _Decays(g, C), _Room(q)
-    N, J = d.a.shape[1], d.way.shape[1]
-    w = d.way * _whole(lam[..., c:c + J], N*C).transpose(1, 2)
-    Z, M = q.new_empty(R, N, K, V) if keep else None, -(-N // GROUP)
-    outer = [q.new_empty(R, M >> b, K, V) for b in range((M - 1).bit_length())]
-    hot = _one_hot(C, q.dtype, q.device)[:, :min(c, lam.shape[-1])]
-    for rows, first, n in _groups(R, N):
-        u = _Group(rows, first, n, C, T, d, w, room)
-        (qr, qb), (_, kb), (_, vb), (_, lb), (or_, ob) = *(u.cut(x) for x in (q, k, v, lam[..., :c])), u.make("o", V)
-        decay, level = _block_weights(u.a, lb, hot, room)
-        S = torch.bmm(qb, kb.mT, out=room("S", len(qb), C, C)).mul_(decay).mul_(level)
-        torch.bmm(S, vb, out=ob)
-        Zu = Z[rows, first:first + n].flatten(0, 1) if keep else room("Z", len(qb), K, V)
-        torch.bmm(torch.mul(kb, u.end, out=room("k", *kb.shape)).mT, vb, out=Zu)
-        nodes = u.nodes(Zu, root=M > 1)
-        for j, level in enumerate(u.levels): _read(u, level, qr, or_, u.w[:, j], nodes[j])
-        if M > 1: _look_back(u, outer, qr[0], or_[0], nodes[-1][:, 0])
-        u.put(o, or_)
-    return Z, outer
-
-def _read(u: _Group, level: Level, q, o, w, Z) -> None:
-    "Right-hand halves read their left-hand nodes"
-    for q_, o_, w_, Z_ in zip(_rights(q, level), _rights(o, level), _rights(w, level), _lefts(Z, level)):
-        for i in _batches(*q_.shape[:2]):
-            y = torch.bmm(q_[i], Z_[i], out=u.room("y", *q_[i].shape[:2], o.shape[-1]))
-            o_[i].addcmul_(y, w_[i][..., None])
-
+# %% ../../nbs/03_log_linear/04_attention.ipynb #1d2bc1a5
 def _bits(m: int) -> list[int]: return [b for b in range(m.bit_length()) if m >> b & 1]
 
-def _look_back(u: _Group, outer: list[torch.Tensor], q, o, root) -> None:
+def _forward(q, k, v, g, lam, o, C: int, keep: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    "Fill `o`; everything is (R, T, ...) and may be strided. Returns, for the backward pass, states of the blocks and of whole groups"
+    (R, T, K), V, d, works = q.shape, v.shape[-1], _Decays(g, C), {}
+    N, J = d.a.shape[1], d.way.shape[1]
+    Z, M = q.new_empty(R, N, K, V) if keep else None, -(-N // GROUP)
+    outer = [q.new_empty(R, M >> b, K, V) for b in range((M - 1).bit_length())]
+    hot = _one_hot(C, q.dtype, q.device)[:, :lam.shape[-1]]
+    for rows, first, n in _groups(R, N):
+        shape = rows.stop - rows.start, n
+        u = works[shape] if shape in works else works.setdefault(shape, _Work(q, *shape, C, K, V, J))
+        qb, kb, vb, lb = u.load(d, rows, first, q, k, v, lam)
+        S, _ = u.scores(qb, kb)
+        S.mul_(torch.bmm(lb.transpose(0, 1), hot, out=u.level).transpose(0, 1))
+        torch.bmm(S, vb, out=u.ob)
+        torch.bmm(u.k.mT, vb, out=u.Zb)
+        u.up(root=M > 1)
+        for parts in u.reads:
+            for q_, o_, w_, Z_, y in parts: o_.addcmul_(torch.bmm(q_, Z_, out=y), w_)
+        if M > 1: _look_back(u, outer)
+        if keep: Z[rows, u.blocks] = u.Z[0]
+        u.put(o, u.o)
+    return Z, outer
+
+def _look_back(u: _Work, outer: list[torch.Tensor]) -> None:
     "What a group reads of whole groups before it; then its root is merged with its left-hand siblings"
-    r, m, inner = u.rows.start, u.number, GROUP.bit_length() - 1
+    r, m, inner = u.rows.start, u.first // GROUP, GROUP.bit_length() - 1
     for b in _bits(m):
-        qw = torch.mul(q, u.w[0, inner + b, :, None], out=u.room("qw", *q.shape))
-        torch.addmm(o, qw, outer[b][r, (m >> b) - 1], out=o)
+        y = torch.mm(u.q[0], outer[b][r, (m >> b) - 1], out=u.room(*u.o.shape[1:]))
+        u.o[0].addcmul_(y, u.w_[0, inner + b])
     for b, level in enumerate(outer):
         if m >= level.shape[1]: break
-        level[r, m] = root[0] if b == 0 else torch.addcmul(outer[b - 1][r, 2*m + 1], outer[b - 1][r, 2*m], u.d.node[inner + b - 1][r, m])
+        if b == 0: level[r, m] = u.Z[-1][0, 0]
+        else: torch.addcmul(outer[b - 1][r, 2*m + 1], outer[b - 1][r, 2*m], u.d.node[inner + b - 1][r, m], out=level[r, m])
         if not m & 1: break
         m >>= 1
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #586a5382
+# %% ../../nbs/03_log_linear/04_attention.ipynb #37d7da0f
+class _GradWork(_Work):
+    "Buffers for the gradients of a group"
+    def __init__(self, like: torch.Tensor, R: int, n: int, C: int, K: int, V: int, J: int):
+        super().__init__(like, R, n, C, K, V, J)
+        new = like.new_empty
+        self.do, self.dq, self.dk, self.dv, self.dway = new(R, n*C, V), new(R, n*C, K), new(R*n, C, K), new(R*n, C, V), new(R, J, n*C)
+        self.dob, self.dqb, self.dS, self.dL = self.do.view(-1, C, V), self.dq.view(-1, C, K), new(R*n, C, C), new(R*n, C, C)
+        self.dZ = [torch.empty_like(Z) for Z in self.Z]
+        self.reads = [_parts(l, [self.Z[j], self.dZ[j]], self.q, self.do, self.w_[:, j], self.dq, self.dway[:, j]) for j, l in enumerate(self.levels)]
+
+    def read_grad(self, q, do, w, dq, dway, Z, dZ, add: bool = False) -> None:
+        "Gradients of one batch of reading (@eq-level-grad), but for the decay of the way in dway; dZ is set or added to"
+        x = torch.bmm(do, Z.mT, out=self.room(*q.shape))
+        dq.addcmul_(x, w)
+        torch.sum(x.mul_(q), -1, out=dway)
+        do = torch.mul(do, w, out=self.room(*do.shape))
+        if add: dZ.baddbmm_(q.mT, do)
+        else: dZ.copy_(torch.bmm(q.mT, do, out=self.flat[do.numel():do.numel() + dZ.numel()].view(dZ.shape)))
+
+    def down(self, root: torch.Tensor | None, dtotal: torch.Tensor) -> None:
+        "Gradients of the group's nodes, from its root (None: nothing reads it) and from what its levels read"
+        if not self.levels: self.dZ[0].copy_(root) if root is not None else self.dZ[0].zero_()
+        for j in reversed(range(len(self.levels))):
+            dZ, n = self.dZ[j], self.Z[j].shape[1] // 2
+            if self.Z[j].shape[1] % 2: dZ[:, -1] = 0 if root is None else root[:, -1]
+            dZ[:, 1:2*n:2] = 0 if root is None else root[:, :n]
+            for part in self.reads[j]: self.read_grad(*part)
+            if root is not None: self.hand_down(j, n, root, dtotal)
+            root = dZ
+
+    def hand_down(self, j: int, n: int, above: torch.Tensor, dtotal: torch.Tensor) -> None:
+        "What parents give to their left-hand nodes, and to the decays of their right-hand ones"
+        at, left = slice(self.first >> j + 1, (self.first >> j + 1) + n), slice(0, 2*n, 2)
+        decay, (first, end) = self.d.node[j][self.rows, at], (x[at] for x in self.d.ends[j])
+        dD = (decay * torch.mul(self.Z[j][:, left], above[:, :n], out=self.room(self.R, n, *above.shape[2:])).sum((-2, -1))).double()
+        dtotal[self.rows].index_add_(1, end, dD).index_add_(1, first, -dD)
+        self.dZ[j][:, left].addcmul_(above[:, :n], decay[..., None, None])
+
 def _backward(q, k, v, g, lam, Z, outer, do, dq, dk, dv, dlam, C: int) -> torch.Tensor:
     "Fill dq, dk, dv and dlam. Returns dg (R, T)"
-    (R, T, K), V, c = q.shape, v.shape[-1], C.bit_length()
-    d, room = _Decays(g, C), _Room(q)
+    (R, T, K), V, d, works, c = q.shape, v.shape[-1], _Decays(g, C), {}, C.bit_length()
     N, J = d.a.shape[1], d.way.shape[1]
-    lw = _whole(lam[..., c:c + J], N*C).transpose(1, 2)
-    w, dway, columns = d.way * lw, torch.zeros_like(d.way), torch.empty_like(d.a)
-    douter, dtotal, down = [torch.zeros_like(x) for x in outer], torch.zeros_like(d.total), d.total.new_empty(R, N)
-    hot = _one_hot(C, q.dtype, q.device)[:, :min(c, lam.shape[-1])]
+    douter, columns, down = [torch.zeros_like(x) for x in outer], torch.empty_like(d.a), d.total.new_empty(R, N)
+    dtotal, dways = torch.zeros_like(d.total), d.total.new_empty(R, J, N)
+    hot = _one_hot(C, q.dtype, q.device)[:, :lam.shape[-1]]
+    dlam[..., c + J:] = 0                                      # levels that no query reaches
     for rows, first, n in reversed(_groups(R, N)):
-        u = _Group(rows, first, n, C, T, d, w, room)
-        (qr, qb), (_, kb), (_, vb), (_, lb), (dor, dob) = (u.cut(x) for x in (q, k, v, lam[..., :c], do))
-        (dqr, dqb), (dkr, dkb), (dvr, dvb), (dlr, dlb) = u.make("dq", K), u.make("dk", K), u.make("dv", V), u.make("dlam", len(hot[0]))
-        decay, level = _block_weights(u.a, lb, hot, room)
-        S, dS = torch.bmm(qb, kb.mT, out=room("S", len(qb), C, C)), torch.bmm(dob, vb.mT, out=room("dS", len(qb), C, C)).mul_(decay)
-        torch.bmm(torch.mul(dS, S, out=room("dL", *S.shape)).transpose(0, 1), hot.mT, out=room("dlevel", C, len(qb), len(hot[0])))
-        dlb.copy_(room("dlevel", C, len(qb), len(hot[0])).transpose(0, 1))
-        S.mul_(decay).mul_(level)
+        shape = rows.stop - rows.start, n
+        u = works[shape] if shape in works else works.setdefault(shape, _GradWork(q, *shape, C, K, V, J))
+        qb, kb, vb, lb = u.load(d, rows, first, q, k, v, lam)
+        u.do.copy_(_whole(do[rows, u.tokens], n*C))
+        u.Z[0].copy_(Z[rows, u.blocks])
+        u.up(root=False)
+        (S, decay), dS = u.scores(qb, kb), torch.bmm(u.dob, vb.mT, out=u.dS)
+        dlevel = torch.bmm(torch.mul(dS, S, out=u.dL).transpose(0, 1), hot.mT).transpose(0, 1)
+        level = torch.bmm(lb.transpose(0, 1), hot, out=u.level).transpose(0, 1)
+        S.mul_(level)
         dS.mul_(level)
-        torch.bmm(dS, kb, out=dqb)
-        nodes = u.nodes(Z[rows, first:first + n].flatten(0, 1), root=False)
-        dZ = _looked_back(u, outer, douter, qr[0], dor[0], dqr[0], dway, dtotal) if outer else None
-        for j, l in reversed(list(enumerate(u.levels))): dZ = _down(u, j, l, nodes[j], dZ, qr, dor, dqr, dway, dtotal)
-        if dZ is None: dZ = room("dZ 0", u.R, n, K, V).zero_()
-        dZb = dZ.view(-1, K, V)
-        torch.bmm(S.mT, dob, out=dvb).baddbmm_(torch.mul(kb, u.end, out=room("k", *kb.shape)), dZb)
-        torch.bmm(dS.mT, qb, out=dkb).addcmul_(torch.bmm(vb, dZb.mT, out=room("x", *kb.shape)), u.end)
-        columns[rows, first:first + n] = torch.mul(vb, dvb, out=room("vv", *vb.shape)).sum(-1).view(u.R, n, C)
-        down[rows, first:first + n] = torch.mul(nodes[0], dZ, out=room("ZZ", *dZ.shape)).sum((-2, -1))
-        for x, y in ((dq, dqr), (dk, dkr), (dv, dvr), (dlam[..., :c], dlr)): u.put(x, y)
-    dlam[..., c:c + J] = dway[..., :T].transpose(1, 2)
-    dlam[..., c + J:] = 0
-    dp = dway.mul_(lw).unflatten(2, (N, C)).sum(-1, dtype=torch.float64)               # (R, J, N) of the way to each block
-    dtotal[:, :N] += dp.sum(1)
-    for j, start in enumerate(_starts(N, q.device)): dtotal.index_add_(1, start, -dp[:, j])
+        if decay is None: torch.bmm(dS, u.k, out=u.dqb)
+        else: u.dqb.zero_()
+        u.dway.zero_()
+        root = _looked_back(u, outer, douter, dtotal) if outer else None
+        u.down(root, dtotal)
+        dZb = u.dZ[0].view(-1, K, V)
+        torch.bmm(S.mT, u.dob, out=u.dv).baddbmm_(u.k, dZb)
+        torch.bmm(vb, dZb.mT, out=u.dk)
+        if decay is None: u.dk.baddbmm_(dS.mT, u.qb)
+        u.dqb.mul_(u.scale)
+        u.dk.mul_(u.end)
+        if decay is not None:                                    # scores were made of plain queries and keys
+            dS.mul_(decay)
+            u.dqb.baddbmm_(dS, kb)
+            u.dk.baddbmm_(dS.mT, qb)
+        columns[rows, u.blocks] = torch.mul(vb, u.dv, out=u.room(*vb.shape)).sum(-1).view(u.R, n, C)
+        down[rows, u.blocks] = torch.mul(u.Z[0], u.dZ[0], out=u.room(*u.Z[0].shape)).sum((-2, -1))
+        dw = u.dway.view(u.R, J, n, C)
+        dways[rows, :, u.blocks] = torch.mul(dw, u.w, out=u.way).sum(-1, dtype=torch.float64)
+        for x, y in ((dq, u.dq), (dk, u.dk.view(u.R, n*C, K)), (dv, u.dv.view(u.R, n*C, V)), (dlam[..., :c], dlevel.reshape(u.R, n*C, -1))): u.put(x, y)
+        if J: u.put(dlam[..., c:c + J], dw.mul_(d.way[rows, :, u.blocks]).flatten(2).transpose(1, 2))
+    dtotal[:, :N] += dways.sum(1)
+    for j, start in enumerate(_starts(N, q.device)): dtotal.index_add_(1, start, -dways[:, j])
     da = _whole((lam * dlam).sum(-1), N*C).unflatten(1, (N, C)) - columns
     own = dtotal.flip(1).cumsum(1).flip(1)[:, 1:] + down                                # of each block's own decay
     return (da.flip(2).cumsum(2).flip(2) + own.to(da)[..., None]).flatten(1)[:, :T]
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #8cb8b500
-def _read_grad(u: _Group, q, do, w, way, Z, dq, dway, dZ, add: bool) -> None:
-    "Gradients of one batch of `_read` (@eq-level-grad): (M, s, D) tensors; into dq and dway, and into dZ or added to it"
-    x = torch.bmm(do, Z.mT, out=u.room("x", *q.shape))
-    dq.addcmul_(x, w[..., None])
-    torch.mul(x.mul_(q).sum(-1), way, out=dway)
-    wdo = torch.mul(do, w[..., None], out=u.room("y", *do.shape))
-    if add: dZ.baddbmm_(q.mT, wdo)
-    elif dZ.is_contiguous(): torch.bmm(q.mT, wdo, out=dZ)
-    else: dZ.copy_(torch.bmm(q.mT, wdo, out=u.room("zz", *dZ.shape)))
-
-def _down(u: _Group, j: int, level: Level, Z, above, q, do, dq, dway, dtotal) -> torch.Tensor:
-    "Gradients of the nodes of level j of a group, from those above and from what reads them"
-    dZ, mine, at = u.room(f"dZ {j}", *Z.shape), dway[u.rows, j, u.first*u.C:(u.first + u.n)*u.C], u.first >> j + 1
-    if Z.shape[1] % 2: dZ[:, -1] = 0 if above is None else above[:, -1]
-    parts = (*(_rights(x, level) for x in (q, do, u.w[:, j], u.way[:, j], dq, mine)), _lefts(Z, level), _lefts(dZ, level))
-    for q_, do_, w_, way_, dq_, dway_, Z_, dZ_ in zip(*parts):
-        for i in _batches(*q_.shape[:2]): _read_grad(u, q_[i], do_[i], w_[i], way_[i], Z_[i], dq_[i], dway_[i], dZ_[i], add=False)
-    n = Z.shape[1] // 2
-    if above is None: dZ[:, 1:2*n:2] = 0
-    else:
-        decay, left = u.d.node[j][u.rows, at:at + n], slice(0, 2*n, 2)
-        dD = decay * torch.mul(Z[:, left], above[:, :n], out=u.room("zz", u.R, n, *Z.shape[2:])).sum((-2, -1))
-        first, end = (x[at:at + n] for x in u.d.ends[j])
-        dtotal[u.rows].index_add_(1, end, dD.double()).index_add_(1, first, -dD.double())
-        dZ[:, left].addcmul_(above[:, :n], decay[..., None, None])
-        dZ[:, 1:2*n:2] = above[:, :n]
-    return dZ
-
-def _looked_back(u: _Group, outer, douter, q, do, dq, dway, dtotal) -> torch.Tensor | None:
+def _looked_back(u: _GradWork, outer, douter, dtotal) -> torch.Tensor | None:
     "Gradients of what a group read of whole groups; returns the gradient of its own root, which by now is complete"
-    r, m, inner, tokens = u.rows.start, u.number, GROUP.bit_length() - 1, slice(u.first*u.C, (u.first + u.n)*u.C)
+    r, m, inner = u.rows.start, u.first // GROUP, GROUP.bit_length() - 1
     for b in _bits(m):
         i = slice((m >> b) - 1, m >> b)
-        _read_grad(u, *(x[None] for x in (q, do)), u.w[:, inner + b], u.way[:, inner + b], outer[b][r, i], dq[None], dway[u.rows, inner + b, tokens], douter[b][r, i], add=True)
+        u.read_grad(u.q, u.do, u.w_[:, inner + b], u.dq, u.dway[:, inner + b], outer[b][r, i], douter[b][r, i], add=True)
     if m + 1 == outer[0].shape[1]: return None                 # nothing reads the last group
     above = None
     for b in reversed(range(len(outer))):
-        i, at = m >> b, (m >> b) + 1 << b
+        i, j = m >> b, inner + b
         if i >= outer[b].shape[1] or i & 1: continue           # a right-hand node gets what its parent got
         mine = douter[b][r, i]
         if above is not None:
-            j, pair = inner + b, i // 2
-            if m + 1 == at:                                    # its parent's gradient is complete since just now
+            pair = i // 2
+            if m + 1 == i + 1 << b:                            # from here on its parent's gradient is complete
                 dD = (u.d.node[j][r, pair] * (outer[b][r, i] * above).sum()).double()
                 first, end = (int(x[pair]) for x in u.d.ends[j])
                 dtotal[r, end] += dD
@@ -336,7 +362,7 @@ def _by_position(f: Callable, tensors: list, state: LogLinearState | None) -> tu
     o, S = torch.cat([o for o, _ in done])[back], [S for _, S in done]
     return o, None if S[0] is None else LogLinearState(*(torch.cat(x)[back] for x in zip(*S)))
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #633ebfbb
+# %% ../../nbs/03_log_linear/04_attention.ipynb #83fdf9d4
 def _scalar_piece(tree: Callable, q, k, v, g, lam, beta, state: LogLinearState | None, return_state: bool) -> tuple:
     "One node: `tree` from nothing, with the state before and after it"
     o, T, t0 = tree(q, k, v, g, lam), v.shape[1], int(state.t[0]) if state else 0
@@ -356,8 +382,8 @@ def _scalar_piece(tree: Callable, q, k, v, g, lam, beta, state: LogLinearState |
 
 def _torch_tree(q, k, v, g, lam) -> torch.Tensor:
     "The fast tree for grouped heads and any floating type"
-    dtype, H = accumulator(v, g), v.shape[2]
-    return _scalar_tree(*(x.to(dtype) for x in (spread_heads(q, H), spread_heads(k, H), v, g, lam))).to(v.dtype)
+    dtype, H, C = accumulator(v, g), v.shape[2], min(CHUNK, 1 << (v.shape[1] - 1).bit_length())
+    return _scalar_tree(*(x.to(dtype) for x in (spread_heads(q, H), spread_heads(k, H), v, g, lam)), C).to(v.dtype)
 
 def _delta_piece(q, k, v, g, lam, beta, state: LogLinearState | None, return_state: bool) -> tuple:
     "One node of the delta form, with blocks no longer than it needs"

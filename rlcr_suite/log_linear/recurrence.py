@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['merge_matrix', 'LogLinearState', 'empty_state', 'check_room', 'accumulator', 'spread_heads', 'step']
 
-# %% ../../nbs/03_log_linear/02_recurrence.ipynb #2aacca9c
+# %% ../../nbs/03_log_linear/02_recurrence.ipynb #0fb23e7b
+from collections.abc import Callable
 from typing import NamedTuple
 import torch
 from ..core.blocks import check_shapes
@@ -62,7 +63,14 @@ def spread_heads(x: torch.Tensor, # (..., G, D)
     if H % G: raise ValueError(f"the {H} heads of v must be a multiple of the {G} heads of q and k")
     return x if G == H else x.repeat_interleave(H // G, -2)
 
-# %% ../../nbs/03_log_linear/02_recurrence.ipynb #12270890
+# %% ../../nbs/03_log_linear/02_recurrence.ipynb #236045bf
+def _step_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable | None:
+    "The Triton kernel of one step, where there is one for these inputs; it has no gradients"
+    try: from rlcr_suite.kernels.log_linear import log_linear_step, supports
+    except ImportError: return None                             # Triton is not made for every system
+    return log_linear_step if supports(q[:, None], k[:, None], v[:, None]) else None
+
+# %% ../../nbs/03_log_linear/02_recurrence.ipynb #2396f5ed
 def step(state: LogLinearState | None, # after the tokens so far; None at the start
          q: torch.Tensor, # (B, G, K)
          k: torch.Tensor, # (B, G, K); of unit length if `beta` is given
@@ -73,13 +81,16 @@ def step(state: LogLinearState | None, # after the tokens so far; None at the st
          *,
          scale: float | None = None, # factor on the output; None means 1
         ) -> tuple[torch.Tensor, LogLinearState]: # (B, H, V) in the type of `v`, and the new state; the old one stays as it is
-    """One token of log-linear attention (@sec-step; Guo et al. 2025, section 3.1). Differentiable. Raises `ValueError` on shapes that do not
+    """One token of log-linear attention (@sec-step; Guo et al. 2025, section 3.1). Differentiable; without gradients on a GPU, one kernel. Raises `ValueError` on shapes that do not
     fit and on a sequence longer than the levels of `lam` hold."""
     n = check_shapes(q=(q, "B G K"), k=(k, "B G K"), v=(v, "B H V"), g=(g, "B H"), lam=(lam, "B H L"), beta=(beta, "B H"),
                      S=(state and state.S, "B H L K V"), t=(state and state.t, "B"))
     dtype, H = accumulator(v, g, state and state.S), n["H"]
     if state is None: state = empty_state(n["B"], H, n["L"], n["K"], n["V"], dtype, v.device)
     check_room(state.t, 1, n["L"])
+    if v.is_cuda and not torch.is_grad_enabled() and (kernel := _step_kernel(q, k, v)):
+        o, new = kernel(state, *(y[:, None] for y in (q, k, v, g, lam)), None if beta is None else beta[:, None], scale=scale)
+        return o[:, 0], LogLinearState(*new)
     q, k, x, g, lam = spread_heads(q, H).to(dtype), spread_heads(k, H).to(dtype), v.to(dtype), g.to(dtype), lam.to(dtype)
     R = merge_matrix(state.t, n["L"]).to(dtype)[:, None] * g.exp()[..., None, None]
     S = (R @ state.S.to(dtype).flatten(-2)).unflatten(-1, (n["K"], n["V"]))         # merged and decayed

@@ -1,0 +1,81 @@
+"""Log-linear attention beside the causal softmax attention of PyTorch: seconds of the forward pass, and of forward and backward, against the
+length. float32, one row, 4 heads of width 64; on a CPU one thread, since the question is what the method costs and not how either is spread over cores."""
+from __future__ import annotations
+from collections.abc import Callable
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from _harness import arguments, in_turns, spread, write
+from rlcr_suite.log_linear import backend_for, log_linear_attention
+from rlcr_suite.log_linear.fenwick import levels_of
+
+H, D = 4, 64
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+QUICK = (512,)
+LONGEST = dict(log_linear=65536, sdpa=16384, naive=2048)   # the last two grow with the square of the length: beyond this they cost minutes, or memory
+
+def inputs(T:int, seed:int, device:str)->tuple[torch.Tensor, ...]:
+    "q, k, v, g, lam as a layer makes them: (B, T, H, D)"
+    rng = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, 1, T, H, D, generator=rng).unbind(0)
+    g, lam = -.1*torch.rand(1, T, H, generator=rng), torch.rand(1, T, H, levels_of(T), generator=rng)
+    return tuple(x.to(device).contiguous() for x in (q, F.normalize(k, dim=-1), v, g, lam))
+
+def sdpa(q, k, v, g, lam)->torch.Tensor:
+    "The peer; it takes heads first, and strided views are what its users pass"
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+
+def naive(*x)->torch.Tensor: return log_linear_attention(*x, backend='naive')
+
+CONTENDERS = dict(log_linear=log_linear_attention, sdpa=sdpa, naive=naive)
+
+def forward(f:Callable, x:tuple[torch.Tensor, ...])->Callable[[int], int]:
+    @torch.no_grad()
+    def run(i:int)->int:
+        f(*x)
+        return 1
+    return run
+
+def both(f:Callable, x:tuple[torch.Tensor, ...], seed:int)->Callable[[int], int]:
+    "Forward and backward, with a gradient for every input that the contender reads"
+    x = [y.detach().clone().requires_grad_() for y in x]
+    do = torch.randn(x[2].shape, generator=torch.Generator().manual_seed(seed + 1)).to(x[2])
+    used = x[:3] if f is sdpa else x
+    def run(i:int)->int:
+        torch.autograd.grad(f(*x), used, do)
+        return 1
+    return run
+
+def measure(T:int, args)->dict:
+    "One row of the result"
+    x, row = inputs(T, args.seed, args.device), dict(T=T, seconds={}, ratio_to_sdpa={})
+    names = [n for n in CONTENDERS if T <= LONGEST[n]]
+    for what, make in (('forward', lambda f: forward(f, x)), ('both', lambda f: both(f, x, args.seed))):
+        rates = in_turns({n: make(CONTENDERS[n]) for n in names}, args.repeats, args.device)
+        row['seconds'][what] = {n: spread(1/r) for n, r in rates.items()}
+        if 'sdpa' in rates: row['ratio_to_sdpa'][what] = spread(rates['log_linear']/rates['sdpa'])
+    return row
+
+def exponent(rows:list[dict], what:str, name:str)->float|None:
+    "Slope of log time against log length, from 2k on"
+    points = [(r['T'], r['seconds'][what][name]['median']) for r in rows if r['T'] >= 2048 and name in r['seconds'][what]]
+    return None if len(points) < 2 else float(f'{np.polyfit(*np.log(points).T, 1)[0]:.3f}')
+
+def main()->None:
+    args, rows = arguments(__doc__), []
+    if args.device == 'cpu': torch.set_num_threads(1)
+    start = time.time()
+    for T in QUICK if args.quick else LENGTHS:
+        rows.append(measure(T, args))
+        shown = '   '.join(f'{what} {1e3*row["log_linear"]["median"]:9.1f} ms ({rows[-1]["ratio_to_sdpa"].get(what, {}).get("median", float("nan")):5.1f}x)'
+                           for what, row in rows[-1]['seconds'].items())
+        print(f'T {T:6}   {shown}   {time.time() - start:5.0f} s', flush=True)
+    for what in ('forward', 'both'):
+        print(f'growth, {what}: T to the power', {n: e for n in CONTENDERS if (e := exponent(rows, what, n)) is not None})
+    print('backend', backend_for(*inputs(64, args.seed, args.device)[:3]))
+    print(write('log_linear', args, rows, ('torch', 'numpy')))
+
+if __name__ == '__main__': main()

@@ -37,6 +37,14 @@ MAX_K = 256 # widest key that one program holds
 
 # ---------------------------------------------------------------------------------------------------------------- parts of kernels
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+@triton.jit
+def _dot(a, b, input_precision: tl.constexpr):
+    "A matrix product, summed in float32. The interpreter multiplies bfloat16 as the integers they are stored in: widen them there, which is exact"
+    if _INTERPRETED: return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=input_precision)
+    else: return tl.dot(a, b, input_precision=input_precision)
+
 @triton.jit
 def _tokens(chunks, c, C: tl.constexpr):
     "Rows of chunk c in the flattened (B*T) order, and which of them exist: both (C,)"
@@ -111,11 +119,11 @@ def _solve_kernel(k, beta, inverse, chunks, R, G, H, K: tl.constexpr, C: tl.cons
     key = _tile(k, rows, ok, h//R, G, 0, K, BK)
     b = tl.load(beta + rows*H + h, mask=ok, other=0.)
     level = _level(SIDE, LOG)
-    below = tl.where(i[:, None] > i[None, :], tl.dot(key, tl.trans(key), input_precision=PRECISION)*b[:, None], 0.)
+    below = tl.where(i[:, None] > i[None, :], _dot(key, tl.trans(key), input_precision=PRECISION)*b[:, None], 0.)
     x = tl.where(level == 0, 1., 0.) - tl.where(level == 1, below, 0.)
     for l in range(2, LOG + 1):
-        step = tl.dot(tl.where(level == l, below, 0.), x, input_precision="tf32x3")
-        x -= tl.dot(x, step, input_precision="tf32x3")
+        step = _dot(tl.where(level == l, below, 0.), x, input_precision="tf32x3")
+        x -= _dot(x, step, input_precision="tf32x3")
     _put_matrix(inverse, x, c*H + h, n*SIDE, n*SIDE, C, C, SIDE, SIDE)
 
 @triton.jit
@@ -127,9 +135,9 @@ def _join_kernel(k, beta, inverse, chunks, R, G, H, K: tl.constexpr, SIDE: tl.co
     rows += SIDE
     ok = rows < tl.load(chunks + c*4 + 1)
     late, b = _tile(k, rows, ok, h//R, G, 0, K, BK), tl.load(beta + rows*H + h, mask=ok, other=0.)
-    x = tl.dot(late, tl.trans(early), input_precision=PRECISION)*b[:, None]
-    x = tl.dot(x, _matrix(inverse, c*H + h, 0, 0, 2*SIDE, 2*SIDE, SIDE, SIDE), input_precision="tf32x3")
-    x = tl.dot(_matrix(inverse, c*H + h, SIDE, SIDE, 2*SIDE, 2*SIDE, SIDE, SIDE), x, input_precision="tf32x3")
+    x = _dot(late, tl.trans(early), input_precision=PRECISION)*b[:, None]
+    x = _dot(x, _matrix(inverse, c*H + h, 0, 0, 2*SIDE, 2*SIDE, SIDE, SIDE), input_precision="tf32x3")
+    x = _dot(_matrix(inverse, c*H + h, SIDE, SIDE, 2*SIDE, 2*SIDE, SIDE, SIDE), x, input_precision="tf32x3")
     _put_matrix(inverse, -x, c*H + h, SIDE, 0, 2*SIDE, 2*SIDE, SIDE, SIDE)
     _put_matrix(inverse, tl.zeros([SIDE, SIDE], tl.float32), c*H + h, 0, SIDE, 2*SIDE, 2*SIDE, SIDE, SIDE)
 
@@ -149,21 +157,21 @@ def _state_kernel(k, v, g, beta, inverse, z32, p32, z, p, total, chunks, leaf, R
         if DELTA:
             b = tl.load(beta + rows*H + h, mask=ok, other=0.)
             t = _matrix(inverse, c*H + h, 0, 0, C, C, C, C)*b[None, :]
-            hat = tl.dot(tl.trans(t.to(key.dtype)), key, input_precision=PRECISION)
+            hat = _dot(tl.trans(t.to(key.dtype)), key, input_precision=PRECISION)
         else:
             hat = key.to(tl.float32)
         tiles: tl.constexpr = (V + BN - 1)//BN
         if n < tiles:
             value = _tile(v, rows, ok, h, H, n*BN, V, BN)
             late = (hat*tl.exp(last - a)[:, None]).to(key.dtype)
-            state = tl.dot(tl.trans(late), value, input_precision=PRECISION)
+            state = _dot(tl.trans(late), value, input_precision=PRECISION)
             _put_matrix(z32, state, slot, 0, n*BN, K, V, BK, BN)
             _put_matrix(z, state, slot, 0, n*BN, K, V, BK, BN)
         elif DELTA:
             first = (n - tiles)*BN
             right = _tile(k, rows, ok, h//R, G, first, K, BN)
             eye = tl.where(tl.arange(0, BK)[:, None] == first + tl.arange(0, BN)[None, :], 1., 0.)
-            transition = eye - tl.dot(tl.trans(hat.to(key.dtype)), right, input_precision=PRECISION)
+            transition = eye - _dot(tl.trans(hat.to(key.dtype)), right, input_precision=PRECISION)
             _put_matrix(p32, transition, slot, 0, first, K, K, BK, BN)
             _put_matrix(p, transition, slot, 0, first, K, K, BK, BN)
         if n == 0: tl.store(total + slot, last)
@@ -183,14 +191,14 @@ def _merge_kernel(z32, p32, z, p, total, merges, H, K: tl.constexpr, V: tl.const
         if col < wide:
             for s in range(0, K, BM):
                 a = _matrix(p32, right, row, s, K, K, BM, BM)
-                acc += tl.dot(a, _matrix(z32, left, s, col, K, V, BM, BN), input_precision=PRECISION)
+                acc += _dot(a, _matrix(z32, left, s, col, K, V, BM, BN), input_precision=PRECISION)
             acc = acc*tl.exp(late) + _matrix(z32, right, row, col, K, V, BM, BN)
             _put_matrix(z32, acc, parent, row, col, K, V, BM, BN)
             _put_matrix(z, acc, parent, row, col, K, V, BM, BN)
         else:
             for s in range(0, K, BM):
                 a = _matrix(p32, right, row, s, K, K, BM, BM)
-                acc += tl.dot(a, _matrix(p32, left, s, col - wide, K, K, BM, BN), input_precision=PRECISION)
+                acc += _dot(a, _matrix(p32, left, s, col - wide, K, K, BM, BN), input_precision=PRECISION)
             _put_matrix(p32, acc, parent, row, col - wide, K, K, BM, BN)
             _put_matrix(p, acc, parent, row, col - wide, K, K, BM, BN)
     else:
@@ -212,21 +220,21 @@ def _output_kernel(q, k, v, g, lam, beta, inverse, z, p, total, o, chunks, nodes
     i = tl.arange(0, C)
     a = tl.cumsum(tl.load(g + rows*H + h, mask=ok, other=0.), 0)
     query, key = _tile(q, rows, ok, h//R, G, 0, K, BK), _tile(k, rows, ok, h//R, G, 0, K, BK)
-    s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    s = _dot(query, tl.trans(key), input_precision=PRECISION)
     if DELTA:
         b = tl.load(beta + rows*H + h, mask=ok, other=0.)
         t = (_matrix(inverse, c*H + h, 0, 0, C, C, C, C)*b[None, :]).to(key.dtype)
         s = tl.where(i[:, None] >= i[None, :], s, 0.)
-        s = tl.dot(s.to(key.dtype), t, input_precision=PRECISION)
-        query = (query.to(tl.float32) - tl.dot(s.to(key.dtype), key, input_precision=PRECISION)).to(key.dtype)
+        s = _dot(s.to(key.dtype), t, input_precision=PRECISION)
+        query = (query.to(tl.float32) - _dot(s.to(key.dtype), key, input_precision=PRECISION)).to(key.dtype)
     s *= _decay(a, C)*_level_weights(lam, rows, ok, h, H, L, _level(C, LOG), C, LOG)
-    out = tl.dot(s.to(key.dtype), _tile(v, rows, ok, h, H, n*BN, V, BN), input_precision=PRECISION)
+    out = _dot(s.to(key.dtype), _tile(v, rows, ok, h, H, n*BN, V, BN), input_precision=PRECISION)
     before = 0.
     for e in range(tl.load(chunks + c*4 + 2), tl.load(chunks + c*4 + 3)):
         slot = tl.load(nodes + e)*H + h
         weight = tl.load(lam + (rows*H + h)*L + tl.load(levels + e), mask=ok, other=0.)*tl.exp(a + before)
-        out += weight[:, None]*tl.dot(query, _matrix(z, slot, 0, n*BN, K, V, BK, BN), input_precision=PRECISION)
-        if DELTA: query = tl.dot(query, _matrix(p, slot, 0, 0, K, K, BK, BK), input_precision=PRECISION).to(key.dtype)
+        out += weight[:, None]*_dot(query, _matrix(z, slot, 0, n*BN, K, V, BK, BN), input_precision=PRECISION)
+        if DELTA: query = _dot(query, _matrix(p, slot, 0, 0, K, K, BK, BK), input_precision=PRECISION).to(key.dtype)
         before += tl.load(total + slot)
     _put(o, out, rows, ok, h, H, n*BN, V, BN)
 
@@ -244,13 +252,13 @@ def _transport_kernel(q, k, beta, inverse, p, seen, chunks, nodes, R, G, H, K: t
         query, key = _tile(q, rows, ok, h//R, G, 0, K, BK), _tile(k, rows, ok, h//R, G, 0, K, BK)
         b = tl.load(beta + rows*H + h, mask=ok, other=0.)
         t = (_matrix(inverse, c*H + h, 0, 0, C, C, C, C)*b[None, :]).to(key.dtype)
-        s = tl.where(i[:, None] >= i[None, :], tl.dot(query, tl.trans(key), input_precision=PRECISION), 0.)
-        s = tl.dot(s.to(key.dtype), t, input_precision=PRECISION)
-        query = (query.to(tl.float32) - tl.dot(s.to(key.dtype), key, input_precision=PRECISION)).to(key.dtype)
+        s = tl.where(i[:, None] >= i[None, :], _dot(query, tl.trans(key), input_precision=PRECISION), 0.)
+        s = _dot(s.to(key.dtype), t, input_precision=PRECISION)
+        query = (query.to(tl.float32) - _dot(s.to(key.dtype), key, input_precision=PRECISION)).to(key.dtype)
         for e in range(first, last):
             _put_matrix(seen, query, e*H + h, 0, 0, C, K, C, BK)
             slot = tl.load(nodes + e)*H + h
-            query = tl.dot(query, _matrix(p, slot, 0, 0, K, K, BK, BK), input_precision=PRECISION).to(key.dtype)
+            query = _dot(query, _matrix(p, slot, 0, 0, K, K, BK, BK), input_precision=PRECISION).to(key.dtype)
 
 @triton.jit
 def _query_grad_kernel(q, g, lam, do, z, p, total, seen, dseen, weights, after, dq, dlam, row_sum, chunks, nodes, levels, R, G, H, L,
@@ -279,11 +287,11 @@ def _query_grad_kernel(q, g, lam, do, z, p, total, seen, dseen, weights, after, 
         part = tl.zeros([C, BK], tl.float32)
         for col in range(0, V, BN):
             right = _tile(do, rows, ok, h, H, col, V, BN)
-            part += tl.dot(right, tl.trans(_matrix(z, slot, 0, col, K, V, BK, BN)), input_precision=PRECISION)
+            part += _dot(right, tl.trans(_matrix(z, slot, 0, col, K, V, BK, BN)), input_precision=PRECISION)
         if DELTA:
             there = _matrix(seen, e*H + h, 0, 0, C, K, C, BK)
             _put_matrix(dseen, grad, e*H + h, 0, 0, C, K, C, BK)
-            grad = tl.dot(grad.to(query.dtype), tl.trans(_matrix(p, slot, 0, 0, K, K, BK, BK)), input_precision=PRECISION)
+            grad = _dot(grad.to(query.dtype), tl.trans(_matrix(p, slot, 0, 0, K, K, BK, BK)), input_precision=PRECISION)
         else:
             there = query
         inner = tl.sum(there.to(tl.float32)*part, 1)
@@ -320,7 +328,7 @@ def _node_grad_kernel(q, do, seen, dseen, weights, after, dz_part, dp_part, dd_p
         else:
             left = _tile(q, rows, ok, h//R, G, 0, K, BK)
             right = _weighted(do, weights, rows, ok, h, H, e, n*BN, V, C, BN).to(left.dtype)
-        acc += tl.dot(tl.trans(left), right, input_precision=PRECISION)
+        acc += _dot(tl.trans(left), right, input_precision=PRECISION)
         far += tl.load(after + e)
     if n < tiles: _put_matrix(dz_part, acc, i*H + h, 0, n*BN, K, V, BK, BN)
     elif DELTA: _put_matrix(dp_part, acc, i*H + h, 0, (n - tiles)*BN, K, K, BK, BN)
@@ -345,7 +353,7 @@ def _split_kernel(z, p, total, dz, dp, dd, dz_part, dp_part, dd_part, splits, H,
                 if is_left:
                     for s in range(0, K, BM):
                         a = _matrix(p, other, s, row, K, K, BM, BM).to(tl.float32)
-                        acc += tl.dot(tl.trans(a), _matrix(dz, up, s, col, K, V, BM, BN), input_precision=PRECISION)
+                        acc += _dot(tl.trans(a), _matrix(dz, up, s, col, K, V, BM, BN), input_precision=PRECISION)
                     acc *= tl.exp(tl.load(total + other))
                     mine = _matrix(z, me, row, col, K, V, BM, BN).to(tl.float32)
                     tl.store(dd + other.to(tl.int64)*(TILES + 1) + n, tl.sum(tl.sum(acc*mine, 1), 0))
@@ -359,15 +367,15 @@ def _split_kernel(z, p, total, dz, dp, dd, dz_part, dp_part, dd_part, splits, H,
                 if is_left:
                     for s in range(0, K, BM):
                         a = _matrix(p, other, s, row, K, K, BM, BM).to(tl.float32)
-                        acc += tl.dot(tl.trans(a), _matrix(dp, up, s, col, K, K, BM, BN), input_precision=PRECISION)
+                        acc += _dot(tl.trans(a), _matrix(dp, up, s, col, K, K, BM, BN), input_precision=PRECISION)
                 else:
                     for s in range(0, V, BM):
                         b = _matrix(z, other, col, s, K, V, BN, BM).to(tl.float32)
-                        acc += tl.dot(_matrix(dz, up, row, s, K, V, BM, BM), tl.trans(b), input_precision=PRECISION)
+                        acc += _dot(_matrix(dz, up, row, s, K, V, BM, BM), tl.trans(b), input_precision=PRECISION)
                     acc *= tl.exp(tl.load(total + me))
                     for s in range(0, K, BM):
                         b = _matrix(p, other, col, s, K, K, BN, BM).to(tl.float32)
-                        acc += tl.dot(_matrix(dp, up, row, s, K, K, BM, BM), tl.trans(b), input_precision=PRECISION)
+                        acc += _dot(_matrix(dp, up, row, s, K, K, BM, BM), tl.trans(b), input_precision=PRECISION)
             for s in range(first, last): acc += _matrix(dp_part, s*H + h, row, col, K, K, BM, BN)
             _put_matrix(dp, acc, me, row, col, K, K, BM, BN)
     else:
@@ -402,14 +410,14 @@ def _value_grad_kernel(q, k, v, g, lam, beta, inverse, do, dz, dd, row_sum, dv, 
     node = tl.load(leaf + c)
     slot = tl.maximum(node, 0)*H + h
     query, key = _tile(q, rows, ok, h//R, G, 0, K, BK), _tile(k, rows, ok, h//R, G, 0, K, BK)
-    attention = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    attention = _dot(query, tl.trans(key), input_precision=PRECISION)
     if DELTA:
         b = tl.load(beta + rows*H + h, mask=ok, other=0.)
         t = (_matrix(inverse, c*H + h, 0, 0, C, C, C, C)*b[None, :]).to(key.dtype)
         attention = tl.where(i[:, None] >= i[None, :], attention, 0.).to(key.dtype)
-        attention = tl.dot(attention, t, input_precision=PRECISION)
+        attention = _dot(attention, t, input_precision=PRECISION)
         _put_matrix(attention_out, attention, c*H + h, 0, 0, C, C, C, C)
-        hat = tl.dot(tl.trans(t), key, input_precision=PRECISION).to(key.dtype)
+        hat = _dot(tl.trans(t), key, input_precision=PRECISION).to(key.dtype)
     else:
         hat = key
     level = _level(C, LOG)
@@ -421,12 +429,12 @@ def _value_grad_kernel(q, k, v, g, lam, beta, inverse, do, dz, dd, row_sum, dv, 
     column = tl.zeros([C], tl.float32)
     for col in range(0, V, BN):
         value, right = _tile(v, rows, ok, h, H, col, V, BN), _tile(do, rows, ok, h, H, col, V, BN)
-        grad += tl.dot(right, tl.trans(value), input_precision=PRECISION)
+        grad += _dot(right, tl.trans(value), input_precision=PRECISION)
         dstate = _matrix(dz, slot, 0, col, K, V, BK, BN, node >= 0).to(key.dtype)
-        back += tl.dot(value, tl.trans(dstate), input_precision=PRECISION)
-        later = tl.dot(hat, dstate, input_precision=PRECISION)*till_end[:, None]
+        back += _dot(value, tl.trans(dstate), input_precision=PRECISION)
+        later = _dot(hat, dstate, input_precision=PRECISION)*till_end[:, None]
         column += tl.sum(value.to(tl.float32)*later, 1)
-        later += tl.dot(tl.trans(mixed), right, input_precision=PRECISION)
+        later += _dot(tl.trans(mixed), right, input_precision=PRECISION)
         _put(dv, later, rows, ok, h, H, col, V, BN)
     _put(dhat, back*till_end[:, None], rows, ok, h, H, 0, K, BK)
     grad *= decay
@@ -459,23 +467,23 @@ def _solve_grad_kernel(q, k, beta, inverse, dp, leaving, dhat, dattention, dsolv
     da = _matrix(dattention, c*H + h, 0, 0, C, C, C, C).to(tl.float32)
     for col in range(0, K, BN):
         right = tl.trans(_tile(k, rows, ok, h//R, G, col, K, BN))
-        s += tl.dot(_tile(q, rows, ok, h//R, G, col, K, BN), right, input_precision=PRECISION)
-        gram += tl.dot(tl.trans(right), right, input_precision=PRECISION)
-        da -= tl.dot(_tile(leaving, rows, ok, h, H, col, K, BN), right, input_precision=PRECISION)
+        s += _dot(_tile(q, rows, ok, h//R, G, col, K, BN), right, input_precision=PRECISION)
+        gram += _dot(tl.trans(right), right, input_precision=PRECISION)
+        da -= _dot(_tile(leaving, rows, ok, h, H, col, K, BN), right, input_precision=PRECISION)
         dtransition = _matrix(dp, slot, col, 0, K, K, BN, BK, node >= 0).to(key.dtype)
         back = _tile(dhat, rows, ok, h, H, col, K, BN).to(tl.float32)
-        back = (back - tl.dot(key, tl.trans(dtransition), input_precision=PRECISION)).to(key.dtype)
+        back = (back - _dot(key, tl.trans(dtransition), input_precision=PRECISION)).to(key.dtype)
         _put(dhat, back, rows, ok, h, H, col, K, BN)
-        dt += tl.dot(tl.trans(right), tl.trans(back), input_precision=PRECISION)
+        dt += _dot(tl.trans(right), tl.trans(back), input_precision=PRECISION)
     b = tl.load(beta + rows*H + h, mask=ok, other=0.)
     x = _matrix(inverse, c*H + h, 0, 0, C, C, C, C)
     left = da.to(key.dtype)
-    dt = tl.where(lower, dt + tl.dot(tl.trans(tl.where(lower, s, 0.).to(key.dtype)), left, input_precision=PRECISION), 0.)
-    ds = tl.dot(left, tl.trans((x*b[None, :]).to(key.dtype)), input_precision=PRECISION)
+    dt = tl.where(lower, dt + _dot(tl.trans(tl.where(lower, s, 0.).to(key.dtype)), left, input_precision=PRECISION), 0.)
+    ds = _dot(left, tl.trans((x*b[None, :]).to(key.dtype)), input_precision=PRECISION)
     _put_matrix(dattention, tl.where(lower, ds, 0.), c*H + h, 0, 0, C, C, C, C)
     db = tl.sum(dt*x, 0)
-    dn = tl.dot(dt*b[None, :], tl.trans(x), input_precision="tf32x3")
-    dn = tl.where(i[:, None] > i[None, :], -tl.dot(tl.trans(x), dn, input_precision="tf32x3"), 0.)
+    dn = _dot(dt*b[None, :], tl.trans(x), input_precision="tf32x3")
+    dn = tl.where(i[:, None] > i[None, :], -_dot(tl.trans(x), dn, input_precision="tf32x3"), 0.)
     tl.store(dbeta + rows*H + h, db + tl.sum(dn*gram, 1), mask=ok)
     _put_matrix(dsolve, dn*b[:, None], c*H + h, 0, 0, C, C, C, C)
 
@@ -492,17 +500,17 @@ def _key_grad_kernel(q, k, beta, inverse, attention, dp, leaving, dhat, ds, dsol
         node = tl.load(leaf + c)
         t = (_matrix(inverse, c*H + h, 0, 0, C, C, C, C)*tl.load(beta + rows*H + h, mask=ok, other=0.)[None, :]).to(key.dtype)
         dtransition = _matrix(dp, tl.maximum(node, 0)*H + h, 0, n*BN, K, K, BK, BN, node >= 0).to(key.dtype)
-        seen = tl.dot(_tile(k, rows, ok, h//R, G, 0, K, BK), dtransition, input_precision=PRECISION).to(key.dtype)
-        dkey = tl.dot(t, back, input_precision=PRECISION) - tl.dot(tl.trans(t), seen, input_precision=PRECISION)
-        dkey -= tl.dot(tl.trans(_matrix(attention, c*H + h, 0, 0, C, C, C, C)), out, input_precision=PRECISION)
+        seen = _dot(_tile(k, rows, ok, h//R, G, 0, K, BK), dtransition, input_precision=PRECISION).to(key.dtype)
+        dkey = _dot(t, back, input_precision=PRECISION) - _dot(tl.trans(t), seen, input_precision=PRECISION)
+        dkey -= _dot(tl.trans(_matrix(attention, c*H + h, 0, 0, C, C, C, C)), out, input_precision=PRECISION)
         step = _matrix(dsolve, c*H + h, 0, 0, C, C, C, C)
-        dkey += tl.dot(step, key, input_precision=PRECISION)
-        dkey += tl.dot(tl.trans(step), key, input_precision=PRECISION)
+        dkey += _dot(step, key, input_precision=PRECISION)
+        dkey += _dot(tl.trans(step), key, input_precision=PRECISION)
     else:
         dkey = back.to(tl.float32)
-    dkey += tl.dot(tl.trans(grad), query, input_precision=PRECISION)
+    dkey += _dot(tl.trans(grad), query, input_precision=PRECISION)
     _put(dk, dkey, rows, ok, h, H, n*BN, K, BN)
-    _put(dq, out.to(tl.float32) + tl.dot(grad, key, input_precision=PRECISION), rows, ok, h, H, n*BN, K, BN)
+    _put(dq, out.to(tl.float32) + _dot(grad, key, input_precision=PRECISION), rows, ok, h, H, n*BN, K, BN)
 
 # ------------------------------------------------------------------------------------------------------------------------- decoding
 

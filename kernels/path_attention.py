@@ -186,29 +186,42 @@ def _decay(c, base, plane, t, ref, live):
     return tl.where(live, hi + lo, 0.)
 
 @triton.jit
-def _prepare_kernel(k, w, beta, leaf, inv, u, y, kt, p, T, N, nodes, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
+def _prepare_kernel(k, w, beta, leaf, inv, u, y, kt, T, N, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
                     SAVE: tl.constexpr, PREC: tl.constexpr):
-    "A leaf of one key head: the inverse, U = T stril(W K') (C,C), Y = T W (C,BD), P = I - W'Y (BD,BD), keys carried to the leaf's end"
+    "A leaf of one key head: the inverse, U = T stril(W K') (C,C), Y = T W (C,BD), and keys carried to the leaf's end"
     n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    first, end, node = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1), tl.load(leaf + n*3 + 2)
-    i, d, m = tl.arange(0, C), tl.arange(0, BD), bh*N + n
+    first, end = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1)
+    S: tl.constexpr = 32 if BD > 32 else BD
+    i, d, e, m = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, S), bh*N + n
     live, every, at = first + i < end, i >= 0, ((b*T + first)*H + h)*D
     below = i[:, None] > i[None, :]
-    wt = _tile(w, at, i, d, live, H*D, D).to(tl.float32)
+    gram = tl.zeros((C, C), tl.float32)
+    for col in range(0, BD, S):                                                  # by columns: three products a step need registers
+        x = _tile(w, at, i, col + e, live, H*D, D).to(tl.float32)
+        gram += _dot(x, tl.trans(x), 'tf32x3')
     bt = tl.load(beta + (b*T + first + i)*H + h, mask=live, other=0.).to(tl.float32)
-    x = _unit_lower_inverse(tl.where(below, bt[:, None]*_dot(wt, tl.trans(wt), 'tf32x3'), 0.), C)
-    if SAVE: tl.store(_square(inv, m*C*C, i, i, C), x)
-    x *= bt[None, :]                                                             # T = (I + stril(diag(beta) W W'))^-1 diag(beta)
-    yy = _dot(x, wt, PREC)
-    tl.store(_square(y, m*C*BD, i, d, BD), yy)
-    if node >= 0:
-        eye = tl.where(d[:, None] == d[None, :], 1., 0.)
-        tl.store(_square(p, (bh*nodes + node)*BD*BD, d, d, BD), eye - _dot(tl.trans(wt), yy, PREC))
+    t = _unit_lower_inverse(tl.where(below, bt[:, None]*gram, 0.), C)
+    if SAVE: tl.store(_square(inv, m*C*C, i, i, C), t)
+    t *= bt[None, :]                                                             # T = (I + stril(diag(beta) W W'))^-1 diag(beta)
+    wt = _tile(w, at, i, d, live, H*D, D).to(tl.float32)
+    tl.store(_square(y, m*C*BD, i, d, BD), _dot(t, wt, PREC))
     kk = _tile(k, at, i, d, live, H*D, D).to(tl.float32)
-    uu = _dot(x, tl.where(below, _dot(wt, tl.trans(kk), PREC), 0.), PREC)
+    uu = _dot(t, tl.where(below, _dot(wt, tl.trans(kk), PREC), 0.), PREC)
     tl.store(_square(u, m*C*C, i, i, C), uu)
     _put(kt, m*C*BD, i, d, every, kk - _dot(tl.trans(uu), wt, PREC), BD, BD)
+
+@triton.jit
+def _leaf_node_kernel(w, y, leaf, p, T, N, nodes, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
+                      PREC: tl.constexpr):
+    "P of a leaf, I - W'Y, BN columns a program"
+    n, col, bh = tl.program_id(0), tl.program_id(1)*BN + tl.arange(0, BN), tl.program_id(2).to(tl.int64)
+    first, end, node = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1), tl.load(leaf + n*3 + 2)
+    i, d = tl.arange(0, C), tl.arange(0, BD)
+    if node >= 0:
+        wt = _tile(w, ((bh // H*T + first)*H + bh % H)*D, i, d, first + i < end, H*D, D).to(tl.float32)
+        yy = tl.load(_square(y, (bh*N + n)*C*BD, i, col, BD))
+        tl.store(_square(p, (bh*nodes + node)*BD*BD, d, col, BD), tl.where(d[:, None] == col[None, :], 1., 0.) - _dot(tl.trans(wt), yy, PREC))
 
 @triton.jit
 def _query_prepare_kernel(q, k, w, u, y, c, leaf, logits, qt, T, N, plane, scale, gscale, # scales times log2(e)
@@ -603,18 +616,23 @@ class Config(NamedTuple):
 
 def config(dtype: torch.dtype, # of q, k, v
            BD: int, # head dim, rounded up to a power of two
-          ) -> Config: # what fits shared memory and registers of sm_80, 90 and 100
-    "Chosen by compiling ahead of time, so that forward and decode kernels spill no register."
+           sm: int = 90, # compute capability times ten
+          ) -> Config: # what fits registers and shared memory
+    "Chosen by compiling ahead of time for sm_80, 90 and 100, so that nothing spills in the forward pass."
     if dtype == torch.float32: return Config((32, 8, 1), (32, 8, 1), (32, 8, 1), 8, 'tf32x3')
     if BD <= 64: return Config((64, 4, 3), (64, 8, 2), (64, 8, 2), 4, 'tf32')
-    return Config((64, 8, 2), (32, 8, 2), (32, 8, 2), 8, 'tf32')
+    return Config((64 if sm >= 90 else 32, 8, 2), (32, 8, 2), (32, 8, 2), 8, 'tf32')
+
+def _capability(x: torch.Tensor) -> int:
+    "80, 90, 100, ...; the interpreter does as sm_90"
+    return 10*torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 90
 
 class _Pass:
     "What forward and backward share: sizes, tables and the launches from leaves to level copies"
     def __init__(self, q, k, gate, scale, scale_gate, lengths, chunk):
         self.B, self.T, self.HQ, self.D = q.shape
         self.H, self.C, self.BD = k.shape[2], chunk, max(16, triton.next_power_of_2(q.shape[-1]))
-        self.s, self.cfg = schedule(lengths, chunk, q.device), config(q.dtype, self.BD)
+        self.s, self.cfg = schedule(lengths, chunk, q.device), config(q.dtype, self.BD, _capability(q))
         self.scale, self.coef = scale, scale if scale_gate else 1.
         self.plane, self.gate = self.B*self.HQ*self.T, gate is not None
         self.sizes = dict(HQ=self.HQ, H=self.H, BD=self.BD, C=chunk)
@@ -632,10 +650,12 @@ class _Pass:
         p, logits = self.new(B, H, max(s.nodes, 1), self.BD, self.BD), self.new(B, HQ, N, C, C)
         inv = self.new(B, H, N, C, C) if keep else u
         one = dict(D=self.D, BD=self.BD, C=C, H=H, **self.leaf)
-        _prepare_kernel[N, B*H](self.k, w, beta, s.leaf, inv, u, y, kt, p, self.T, N, s.nodes, SAVE=keep, **one)
+        _prepare_kernel[N, B*H](self.k, w, beta, s.leaf, inv, u, y, kt, self.T, N, SAVE=keep, **one)
+        wide = self.BD//self.node['BN']
+        if s.nodes: _leaf_node_kernel[N, wide, B*H](w, y, s.leaf, p, self.T, N, s.nodes, BN=self.node['BN'], **one)
         _query_prepare_kernel[N, B*HQ](self.q, self.k, w, u, y, c, s.leaf, logits, qt, self.T, N, self.plane, self.scale*LOG2E, self.coef*LOG2E,
                                        HQ=HQ, GATE=self.gate, **one)
-        for j in s.joins: _compose_kernel[len(j), self.BD//self.node['BN'], B*H](p, j, s.nodes, num_stages=1, **self.node)
+        for j in s.joins: _compose_kernel[len(j), wide, B*H](p, j, s.nodes, num_stages=1, **self.node)
         xq, xk = self.tiles(HQ, max(s.q_slots, 1), self.q.dtype), self.tiles(H, max(s.k_slots, 1), self.q.dtype)
         for x, out, ptr, steps, slots, heads, keys in ((qt, xq, s.q_ptr, s.q_steps, s.q_slots, HQ, False), (kt, xk, s.k_ptr, s.k_steps, s.k_slots, H, True)):
             _transport_kernel[N, B*heads](x, p, ptr, steps, out, N, slots, s.nodes, R=heads//H, BD=self.BD, C=C, KEYS=keys, **self.leaf)
@@ -887,10 +907,11 @@ def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled:
 def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16', 'fp32'
               dims: tuple[int, ...] = (64, 128), # head dims
               gates: tuple[bool, ...] = (False, True), # without and with a gate
+              sm: int = 90, # compute capability times ten
              ) -> list: # of `aot.Case`: every kernel as it is launched, with 32 query and 8 key heads
     "What `rlcr_suite.kernels.aot` compiles"
     from .aot import Case
-    kernels = (_prepare_kernel, _query_prepare_kernel, _compose_kernel, _transport_kernel, _forward_kernel, _query_grad_kernel, _key_grad_kernel, _transport_grad_kernel,
+    kernels = (_prepare_kernel, _leaf_node_kernel, _query_prepare_kernel, _compose_kernel, _transport_kernel, _forward_kernel, _query_grad_kernel, _key_grad_kernel, _transport_grad_kernel,
                _node_grad_kernel, _split_kernel, _query_prepare_grad_kernel, _node_leaf_grad_kernel, _key_prepare_grad_kernel, _decode_kernel, _merge_kernel)
     types = dict.fromkeys(('leaf', 'joins', 'ptr', 'steps', 'tiles', 'rects', 'sources', 'bounds'), '*i32') | dict(seen='*u8')
     types |= dict.fromkeys(('scale', 'gscale'), 'fp32')
@@ -902,7 +923,7 @@ def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16',
                'decode': dict(q='*fp32', c='*fp64', total='*fp64'), 'merge': dict(o='*fp32')}
         for D in dims:
             BD = max(16, triton.next_power_of_2(D))
-            cfg = config(dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[dtype], BD)
+            cfg = config(dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[dtype], BD, sm)
             const = dict(HQ=32, H=8, D=D, BD=BD, C=CHUNK, SAVE=True, KEYS=True, DV=D, BV=BD, BR=16, BS=64, PREC=cfg.prec)
             how = {'forward': (cfg.forward, 'BN'), 'query_grad': (cfg.queries, 'BN'), 'key_grad': (cfg.keys, 'BM'), 'decode': ((64 if BD <= 64 else 32, 4, 2), 'BN'), 'merge': ((64, 4, 3), 'BN')}
             for kernel in kernels:

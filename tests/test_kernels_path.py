@@ -104,14 +104,16 @@ def against_fla(device):
     return dict(zip(('o', *NAMES), map(rel, ours, true)))
 
 def packed_apart(device):
-    "Packed sequences against each of them alone: the largest difference"
+    "Packed sequences against each of them alone: the largest difference, without and with a gate"
     import torch
-    case = CASES['packed']
-    x, do = draw(case, device)
-    together = graded(kernel, x, do, chunk=16, **options(case))
-    spans = [slice(a, b) for a, b in zip(case.cu, case.cu[1:]) if a < b]
-    alone = [graded(kernel, [t[:, s] for t in x], do[:, s], chunk=16) for s in spans]
-    return max((a - torch.cat(b, 1)).abs().max().item() for a, b in zip(together, zip(*alone)))
+    def difference(gate):
+        case = Case(90, gate=gate, cu=(0, 17, 17, 66, 90))
+        x, do = draw(case, device)
+        together = graded(kernel, x, do, chunk=16, **options(case))
+        spans = [slice(a, b) for a, b in zip(case.cu, case.cu[1:]) if a < b]
+        alone = [graded(kernel, [t[:, s] for t in x], do[:, s], chunk=16) for s in spans]
+        return max((a - torch.cat(b, 1)).abs().max().item() for a, b in zip(together, zip(*alone)))
+    return dict(plain=difference(None), gate=difference(.5))
 
 def far_decay(device):
     """A running sum of log f so large that its differences are lost in fp32: the error after it, and what fp32 would make of it"""
@@ -226,8 +228,10 @@ def test_fla(measured):
     for what, error in got.items(): assert error <= limit('fla', what), (what, error)
 
 def test_packed(measured):
-    "A sequence does not notice its neighbours: the same numbers bit for bit"
-    assert measured['apart'] == 0, measured['apart']
+    "A sequence does not notice its neighbours: the same bits; with a gate, whose running sum goes on over them, to rounding"
+    got = measured['apart']
+    assert 'failed' not in got, got['failed']
+    assert got['plain'] == 0 and got['gate'] <= 2e-6, got
 
 def test_far_decay(measured):
     "Differences of the running sum are kept where fp32's own would be lost"

@@ -17,7 +17,7 @@ from .fenwick import buckets, level_mask
 from .forms import earlier_buckets, head_first, in_blocks, masked_attention, transported, tree_attention
 from .recurrence import LogLinearState, accumulator, check_room, empty_state, spread_heads
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #84519f63
+# %% ../../nbs/03_log_linear/04_attention.ipynb #41b951e4
 CHUNK = 64 # tokens in a block: products of 64 x 64 x 64 are near the best rate of a CPU, and their number near its minimum
 GROUP = 16 # blocks in a group, a power of two: what it works on fits into a second-level cache
 MILD = -40. # log decay of a block down to which its queries may be scaled up: e^40 and its inverse are far from the ends of float32
@@ -29,13 +29,22 @@ def _groups(R: int, N: int) -> list[tuple[slice, int, int]]:
     return [(slice(r, min(r + m, R)), 0, N) for r in range(0, R, m)]
 
 def _whole(x: torch.Tensor, n: int) -> torch.Tensor:
-    "(R, t, ...) with t filled up with zeros to n, such that rows and blocks can be taken together; a view of one row without a gap"
-    if x.shape[1] == n: return x if len(x) == 1 else x.contiguous()
-    y = x.new_zeros(len(x), n, *x.shape[2:])
-    y[:, :x.shape[1]] = x
-    return y
+    "(R, t, ...) with t filled up with zeros to n; what is whole is not copied"
+    return x if x.shape[1] == n else torch.cat([x, x.new_zeros(len(x), n - x.shape[1], *x.shape[2:])], 1)
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #a770a674
+def _split(x: torch.Tensor, C: int) -> list[torch.Tensor]:
+    "The blocks (m, C, ...) of every group of (R, T, ...), in the order of `_groups`: views of full groups, and copies of what is ragged"
+    (R, T), size = x.shape[:2], GROUP*C
+    if T <= size:
+        N = -(-T // C)
+        return list(_whole(x, N*C).reshape(R*N, C, *x.shape[2:]).split(GROUP // N * N))
+    found, full = [], T // size
+    for row in x.unbind(0):
+        found += row[:full*size].unflatten(0, (full, GROUP, C)).unbind(0)
+        if T % size: found.append(_whole(row[None, full*size:], -(-(T % size) // C)*C).view(-1, C, *x.shape[2:]))
+    return found
+
+# %% ../../nbs/03_log_linear/04_attention.ipynb #08dab2fc
 @lru_cache(64)
 def _one_hot(C: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     "Level masks of a block as (C, c+1, C): query, level, key"
@@ -52,21 +61,21 @@ def _exp(x: torch.Tensor) -> torch.Tensor:
     return F.threshold_(x, .75*math.log(torch.finfo(x.dtype).tiny), -math.inf).exp_()
 
 class _Decays:
-    """Every decay of R rows: `a` (R, N, C) within blocks; `scale` (R, N, C) of the queries and `end` of the keys; `way` (R, J, N, 1 or C) from the node of
-    each level to where the queries are scaled to; `node[j]` (R, n) of the right-hand nodes of level j; `mild` (R, N)"""
+    """Every decay of R rows: `a` (R, N, C) within blocks; of each group, `scales` of the queries and `ends` of the keys (m, C, 1) and whether it is mild;
+    `way` (J, R, N, 1 or C) from the node of each level to where the queries are scaled to; `node[j]` (R, n, 1, 1) of the right-hand nodes of level j"""
     def __init__(self, g: torch.Tensor, C: int):
         self.a = F.pad(g, (0, -g.shape[1] % C)).unflatten(1, (-1, C)).cumsum(-1)
-        D = self.a[..., -1:]
-        self.mild = (self.a.amin(-1) > MILD).tolist()
-        self.all_mild = all(map(all, self.mild))
-        reached = D if self.all_mild else torch.where((self.a.amin(-1, keepdim=True) > MILD), D, self.a)
-        self.scale, self.end = (self.a - reached).exp_(), _exp(D - self.a)
+        (R, N, _), D = self.a.shape, self.a[..., -1:]
+        mild = self.a.amin(-1, keepdim=True) > MILD
+        reached = D if (all_mild := bool(mild.all())) else torch.where(mild, D, self.a)
+        cut = lambda x: _split(x.flatten(1), C)
+        self.scales, self.ends = ([x[..., None] for x in cut(y)] for y in ((self.a - reached).exp_(), _exp(D - self.a)))
+        self.milds = [all_mild or bool(mild[rows, first:first + n].all()) for rows, first, n in _groups(R, N)]
         self.total = F.pad(D[..., 0].double().cumsum(-1), (1, 0))
-        start = _starts(self.a.shape[1], g.device)
-        p = (self.total[:, None, :-1] - self.total[:, start]).to(g)
-        self.way = _exp(reached[:, None] + p[..., None])
-        self.ends = [_right_nodes(self.a.shape[1], j, g.device) for j in range(len(start))]
-        self.node = [_exp((self.total[:, end] - self.total[:, first]).to(g)) for first, end in self.ends]
+        p = (self.total[:, :-1] - self.total[:, _starts(N, g.device)].transpose(0, 1)).to(g)
+        self.way = _exp(reached + p[..., None])
+        self.right = [_right_nodes(N, j, g.device) for j in range(len(p))]
+        self.node = [_exp((self.total[:, end] - self.total[:, first]).to(g))[..., None, None] for first, end in self.right]
 
 @lru_cache(256)
 def _right_nodes(N: int, j: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +83,7 @@ def _right_nodes(N: int, j: int, device: torch.device) -> tuple[torch.Tensor, to
     first = torch.arange(1 << j, N, 2 << j, device=device)
     return first, (first + (1 << j)).clamp(max=N)
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #b37bf0e6
+# %% ../../nbs/03_log_linear/04_attention.ipynb #a4098731
 def _batches(x: torch.Tensor) -> list:
     "Indices that cut (R, n, ...) into 3-D batches, along rows or along blocks, whichever makes fewer"
     return list(range(x.shape[0])) if x.shape[0] <= x.shape[1] else [(slice(None), i) for i in range(x.shape[1])]
@@ -91,42 +100,44 @@ def _parts(level: Level, nodes: list[torch.Tensor], *rows: torch.Tensor) -> list
 
 class _Work:
     "Buffers for a group of n blocks in each of R rows"
-    def __init__(self, like: torch.Tensor, R: int, n: int, C: int, K: int, V: int, J: int):
+    def __init__(self, like: torch.Tensor, R: int, n: int, C: int, K: int, V: int, L: int):
         self.R, self.n, self.C, self.m, new = R, n, C, R*n, like.new_empty
-        self.q, self.o, self.w, self.way = new(R, n*C, K), new(R, n*C, V), new(R, J, n, C), new(R, J, n, C)
+        self.q, self.o, self.w, self.lam = new(R, n*C, K), new(R, n*C, V), new(L, R, n, C), new(C, R*n, L)
         self.k, self.S, self.level = new(R*n, C, K), new(R*n, C, C), new(C, R*n, C)
         self.flat = new(R*n*C*max(K, V) + R*n*K*V)
-        self.qb, self.ob = self.q.view(-1, C, K), self.o.view(-1, C, V)
-        self.levels = levels(n*C, C)
+        self.qb, self.ob, c = self.q.view(-1, C, K), self.o.view(-1, C, V), C.bit_length()
+        self.levels, self.J = levels(n*C, C), max(0, L - c)
         self.Z = [new(R, -(-n >> j), K, V) for j in range(len(self.levels) + 1)]
-        self.Zb, self.w_ = self.Z[0].view(-1, K, V), self.w.view(R, J, n*C, 1)
-        self.reads = [_parts(l, [self.Z[j]], self.q, self.o, self.w_[:, j]) for j, l in enumerate(self.levels)]
+        self.Zb, self.w = self.Z[0].view(-1, K, V), self.w[c:]
+        self.w_, self.near, self.far = self.w.view(self.J, R, n*C, 1), self.lam[..., :c], self.lam[..., c:].permute(2, 1, 0).view(self.J, R, n, C)
+        self.spread, self.lam_ = self.level.transpose(0, 1), self.lam.transpose(0, 1)
+        self.reads = [_parts(l, [self.Z[j]], self.q, self.o, self.w_[j]) for j, l in enumerate(self.levels)]
         self.reads = [[(q, o, w, Z, self.room(*q.shape[:2], V)) for q, o, w, Z in parts] for parts in self.reads]
         self.pairs = [(Z[:, 0:Z.shape[1] - 1:2], Z[:, 1::2], up[:, :Z.shape[1] // 2]) for Z, up in zip(self.Z, self.Z[1:])]
+        self.odd = [(up[:, -1], Z[:, -1]) if Z.shape[1] % 2 else None for Z, up in zip(self.Z, self.Z[1:])]
 
     def room(self, *shape: int) -> torch.Tensor:
         "A view for what is needed for a moment only"
         return self.flat[:math.prod(shape)].view(shape)
 
-    def load(self, d: _Decays, rows: slice, first: int, q, k, v, lam) -> tuple[torch.Tensor, ...]:
-        "Scale queries and keys, weigh the levels: returns the blocks of q, k, v and of lam"
-        self.rows, self.first, self.blocks = rows, first, slice(first, first + self.n)
-        self.tokens, self.d = slice(first*self.C, min((first + self.n)*self.C, q.shape[1])), d
-        q, k, v, lam = (_whole(x[rows, self.tokens], self.n*self.C).unflatten(1, (self.n, self.C)) for x in (q, k, v, lam))
-        self.scale, self.end = (x[rows, self.blocks].flatten(0, 1)[..., None] for x in (d.scale, d.end))
-        self.mild = d.all_mild or all(all(row[self.blocks]) for row in d.mild[rows])
-        J, c = self.w.shape[1], self.C.bit_length()
-        self.lam = lam[..., c:c + J].movedim(-1, 1)
-        if J: torch.mul(self.lam, d.way[rows, :, self.blocks], out=self.w)
-        q, k, v, lam = (x.flatten(0, 1) for x in (q, k, v, lam[..., :c]))
+    def load(self, d: "_Decays", i: int, rows: slice, first: int, q, k, lam) -> None:
+        "Take up the i-th group: scale queries and keys, weigh the levels"
+        self.d, self.rows, self.first, self.blocks = d, rows, first, slice(first, first + self.n)
+        self.scale, self.end, self.mild = d.scales[i], d.ends[i], d.milds[i]
+        self.lam_.copy_(lam)
+        if self.J: torch.mul(self.far, d.way[:, rows, self.blocks], out=self.w)
         torch.mul(q, self.scale, out=self.qb)
         torch.mul(k, self.end, out=self.k)
-        return q, k, v, lam
+
+    def weigh(self, S: torch.Tensor, hot: torch.Tensor) -> None:
+        "Weights of the levels within blocks, and the causal mask in them"
+        torch.bmm(self.near, hot, out=self.level)
+        S.mul_(self.spread)
 
     def scores(self, q, k) -> tuple[torch.Tensor, torch.Tensor | None]:
         "Scores with their decays, and the decays alone where the group is not mild (@eq-rank-one)"
         if self.mild: return torch.bmm(self.qb, self.k.mT, out=self.S), None
-        a = self.d.a[self.rows, self.blocks].flatten(0, 1)
+        a = self.d.a[self.rows, self.blocks].reshape(-1, self.C)
         decay = _exp((a[:, :, None] - a[:, None, :]).clamp_(max=0))
         return torch.bmm(q, k.mT, out=self.S).mul_(decay), decay
 
@@ -134,29 +145,36 @@ class _Work:
         "States of the group's nodes from those of its blocks, up to the root if it is wanted"
         for j in range(len(self.levels) - (not root)):
             (L, R, out), at = self.pairs[j], self.first >> j + 1
-            torch.addcmul(R, L, self.d.node[j][self.rows, at:at + out.shape[1], None, None], out=out)
-            if self.Z[j].shape[1] % 2: self.Z[j + 1][:, -1] = self.Z[j][:, -1]        # a last node without sibling goes up as it is
+            torch.addcmul(R, L, self.d.node[j][self.rows, at:at + out.shape[1]], out=out)
+            if self.odd[j]: self.odd[j][0].copy_(self.odd[j][1])                      # a last node without sibling goes up as it is
 
-    def put(self, x: torch.Tensor, result: torch.Tensor) -> None:
-        "Copy rows of a result (R, n*C, D) to their place"
-        x[self.rows, self.tokens] = result[:, :self.tokens.stop - self.tokens.start]
+def _put(x: list[torch.Tensor], i: int, result: torch.Tensor) -> None:
+    "Copy the blocks (m, C, ...) of a result to the i-th group's place"
+    place = x[i]
+    place.copy_(result if place.shape == result.shape else result.reshape(len(place), -1, *result.shape[2:])[:, :place.shape[1]])
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #1d2bc1a5
+def _places(x: torch.Tensor, C: int) -> list[torch.Tensor]:
+    "Where the results of every group go in (R, T, ...): as blocks, or as rows (R, t, ...) where the group is ragged or has several rows"
+    R, T, size = *x.shape[:2], GROUP*C
+    if T <= size: return list(x.split(GROUP // -(-T // C)))
+    return [y if y.shape[1] < size else y[0].unflatten(0, (GROUP, C)) for row in x.split(1) for y in row.split(size, 1)]
+
+# %% ../../nbs/03_log_linear/04_attention.ipynb #cc916759
 def _bits(m: int) -> list[int]: return [b for b in range(m.bit_length()) if m >> b & 1]
 
 def _forward(q, k, v, g, lam, o, C: int, keep: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     "Fill `o`; everything is (R, T, ...) and may be strided. Returns, for the backward pass, states of the blocks and of whole groups"
     (R, T, K), V, d, works = q.shape, v.shape[-1], _Decays(g, C), {}
-    N, J = d.a.shape[1], d.way.shape[1]
+    N, lam = d.a.shape[1], _reached(lam, d, C)
     Z, M = q.new_empty(R, N, K, V) if keep else None, -(-N // GROUP)
     outer = [q.new_empty(R, M >> b, K, V) for b in range((M - 1).bit_length())]
-    hot = _one_hot(C, q.dtype, q.device)[:, :lam.shape[-1]]
-    for rows, first, n in _groups(R, N):
+    hot, place = _one_hot(C, q.dtype, q.device)[:, :lam.shape[-1]], _places(o, C)
+    for i, ((rows, first, n), qb, kb, vb, lb) in enumerate(zip(_groups(R, N), *(_split(x, C) for x in (q, k, v, lam)))):
         shape = rows.stop - rows.start, n
-        u = works[shape] if shape in works else works.setdefault(shape, _Work(q, *shape, C, K, V, J))
-        qb, kb, vb, lb = u.load(d, rows, first, q, k, v, lam)
+        u = works[shape] if shape in works else works.setdefault(shape, _Work(q, *shape, C, K, V, lam.shape[-1]))
+        u.load(d, i, rows, first, qb, kb, lb)
         S, _ = u.scores(qb, kb)
-        S.mul_(torch.bmm(lb.transpose(0, 1), hot, out=u.level).transpose(0, 1))
+        u.weigh(S, hot)
         torch.bmm(S, vb, out=u.ob)
         torch.bmm(u.k.mT, vb, out=u.Zb)
         u.up(root=M > 1)
@@ -164,15 +182,19 @@ def _forward(q, k, v, g, lam, o, C: int, keep: bool) -> tuple[torch.Tensor | Non
             for q_, o_, w_, Z_, y in parts: o_.addcmul_(torch.bmm(q_, Z_, out=y), w_)
         if M > 1: _look_back(u, outer)
         if keep: Z[rows, u.blocks] = u.Z[0]
-        u.put(o, u.o)
+        _put(place, i, u.ob)
     return Z, outer
+
+def _reached(lam: torch.Tensor, d: _Decays, C: int) -> torch.Tensor:
+    "The levels that T positions reach; there may be more"
+    return lam[..., :C.bit_length() + len(d.way)]
 
 def _look_back(u: _Work, outer: list[torch.Tensor]) -> None:
     "What a group reads of whole groups before it; then its root is merged with its left-hand siblings"
     r, m, inner = u.rows.start, u.first // GROUP, GROUP.bit_length() - 1
     for b in _bits(m):
         y = torch.mm(u.q[0], outer[b][r, (m >> b) - 1], out=u.room(*u.o.shape[1:]))
-        u.o[0].addcmul_(y, u.w_[0, inner + b])
+        u.o[0].addcmul_(y, u.w_[inner + b, 0])
     for b, level in enumerate(outer):
         if m >= level.shape[1]: break
         if b == 0: level[r, m] = u.Z[-1][0, 0]
@@ -180,16 +202,19 @@ def _look_back(u: _Work, outer: list[torch.Tensor]) -> None:
         if not m & 1: break
         m >>= 1
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #37d7da0f
+# %% ../../nbs/03_log_linear/04_attention.ipynb #ad7450f2
 class _GradWork(_Work):
     "Buffers for the gradients of a group"
-    def __init__(self, like: torch.Tensor, R: int, n: int, C: int, K: int, V: int, J: int):
-        super().__init__(like, R, n, C, K, V, J)
-        new = like.new_empty
-        self.do, self.dq, self.dk, self.dv, self.dway = new(R, n*C, V), new(R, n*C, K), new(R*n, C, K), new(R*n, C, V), new(R, J, n*C)
-        self.dob, self.dqb, self.dS, self.dL = self.do.view(-1, C, V), self.dq.view(-1, C, K), new(R*n, C, C), new(R*n, C, C)
+    def __init__(self, like: torch.Tensor, R: int, n: int, C: int, K: int, V: int, L: int):
+        super().__init__(like, R, n, C, K, V, L)
+        m, new, c, J = R*n, like.new_empty, C.bit_length(), self.J
+        self.do, self.dq, self.dk, self.dv, self.dway = new(R, n*C, V), new(R, n*C, K), new(m, C, K), new(m, C, V), new(J, R, n*C)
+        self.dob, self.dqb, self.dS, self.dL, self.dlam = self.do.view(m, C, V), self.dq.view(m, C, K), new(m, C, C), new(m, C, C), new(C, m, L)
+        self.dL_, self.dlam_, self.dnear = self.dL.transpose(0, 1), self.dlam.transpose(0, 1), self.dlam[..., :c]
+        self.dfar, self.dwayb = self.dlam[..., c:].permute(2, 1, 0).view(J, R, n, C), self.dway.view(J, R, n, C)
         self.dZ = [torch.empty_like(Z) for Z in self.Z]
-        self.reads = [_parts(l, [self.Z[j], self.dZ[j]], self.q, self.do, self.w_[:, j], self.dq, self.dway[:, j]) for j, l in enumerate(self.levels)]
+        self.dZb = self.dZ[0].view(m, K, V)
+        self.reads = [_parts(l, [self.Z[j], self.dZ[j]], self.q, self.do, self.w_[j], self.dq, self.dway[j]) for j, l in enumerate(self.levels)]
 
     def read_grad(self, q, do, w, dq, dway, Z, dZ, add: bool = False) -> None:
         "Gradients of one batch of reading (@eq-level-grad), but for the decay of the way in dway; dZ is set or added to"
@@ -214,39 +239,38 @@ class _GradWork(_Work):
     def hand_down(self, j: int, n: int, above: torch.Tensor, dtotal: torch.Tensor) -> None:
         "What parents give to their left-hand nodes, and to the decays of their right-hand ones"
         at, left = slice(self.first >> j + 1, (self.first >> j + 1) + n), slice(0, 2*n, 2)
-        decay, (first, end) = self.d.node[j][self.rows, at], (x[at] for x in self.d.ends[j])
-        dD = (decay * torch.mul(self.Z[j][:, left], above[:, :n], out=self.room(self.R, n, *above.shape[2:])).sum((-2, -1))).double()
+        decay, (first, end) = self.d.node[j][self.rows, at], (x[at] for x in self.d.right[j])
+        dD = (decay[..., 0, 0] * torch.mul(self.Z[j][:, left], above[:, :n], out=self.room(self.R, n, *above.shape[2:])).sum((-2, -1))).double()
         dtotal[self.rows].index_add_(1, end, dD).index_add_(1, first, -dD)
-        self.dZ[j][:, left].addcmul_(above[:, :n], decay[..., None, None])
+        self.dZ[j][:, left].addcmul_(above[:, :n], decay)
 
 def _backward(q, k, v, g, lam, Z, outer, do, dq, dk, dv, dlam, C: int) -> torch.Tensor:
     "Fill dq, dk, dv and dlam. Returns dg (R, T)"
-    (R, T, K), V, d, works, c = q.shape, v.shape[-1], _Decays(g, C), {}, C.bit_length()
-    N, J = d.a.shape[1], d.way.shape[1]
+    (R, T, K), V, d, works = q.shape, v.shape[-1], _Decays(g, C), {}
+    N, J, lam = d.a.shape[1], len(d.way), _reached(lam, d, C)
+    dlam[..., lam.shape[-1]:] = 0                              # levels that no position reaches
     douter, columns, down = [torch.zeros_like(x) for x in outer], torch.empty_like(d.a), d.total.new_empty(R, N)
-    dtotal, dways = torch.zeros_like(d.total), d.total.new_empty(R, J, N)
-    hot = _one_hot(C, q.dtype, q.device)[:, :lam.shape[-1]]
-    dlam[..., c + J:] = 0                                      # levels that no query reaches
-    for rows, first, n in reversed(_groups(R, N)):
+    dtotal, dways = torch.zeros_like(d.total), d.total.new_empty(J, R, N)
+    dlam, hot = dlam[..., :lam.shape[-1]], _one_hot(C, q.dtype, q.device)[:, :lam.shape[-1]]
+    parts, places = [_split(x, C) for x in (q, k, v, lam, do)], [_places(x, C) for x in (dq, dk, dv, dlam)]
+    for i, ((rows, first, n), qb, kb, vb, lb, dob) in reversed(list(enumerate(zip(_groups(R, N), *parts)))):
         shape = rows.stop - rows.start, n
-        u = works[shape] if shape in works else works.setdefault(shape, _GradWork(q, *shape, C, K, V, J))
-        qb, kb, vb, lb = u.load(d, rows, first, q, k, v, lam)
-        u.do.copy_(_whole(do[rows, u.tokens], n*C))
+        u = works[shape] if shape in works else works.setdefault(shape, _GradWork(q, *shape, C, K, V, lam.shape[-1]))
+        u.load(d, i, rows, first, qb, kb, lb)
+        u.dob.copy_(dob)
         u.Z[0].copy_(Z[rows, u.blocks])
         u.up(root=False)
         (S, decay), dS = u.scores(qb, kb), torch.bmm(u.dob, vb.mT, out=u.dS)
-        dlevel = torch.bmm(torch.mul(dS, S, out=u.dL).transpose(0, 1), hot.mT).transpose(0, 1)
-        level = torch.bmm(lb.transpose(0, 1), hot, out=u.level).transpose(0, 1)
-        S.mul_(level)
-        dS.mul_(level)
+        torch.mul(dS, S, out=u.dL)
+        u.weigh(S, hot)
+        dS.mul_(u.spread)
+        u.dnear.copy_(torch.bmm(u.dL_, hot.mT))
         if decay is None: torch.bmm(dS, u.k, out=u.dqb)
         else: u.dqb.zero_()
         u.dway.zero_()
-        root = _looked_back(u, outer, douter, dtotal) if outer else None
-        u.down(root, dtotal)
-        dZb = u.dZ[0].view(-1, K, V)
-        torch.bmm(S.mT, u.dob, out=u.dv).baddbmm_(u.k, dZb)
-        torch.bmm(vb, dZb.mT, out=u.dk)
+        u.down(_looked_back(u, outer, douter, dtotal) if outer else None, dtotal)
+        torch.bmm(S.mT, u.dob, out=u.dv).baddbmm_(u.k, u.dZb)
+        torch.bmm(vb, u.dZb.mT, out=u.dk)
         if decay is None: u.dk.baddbmm_(dS.mT, u.qb)
         u.dqb.mul_(u.scale)
         u.dk.mul_(u.end)
@@ -255,13 +279,14 @@ def _backward(q, k, v, g, lam, Z, outer, do, dq, dk, dv, dlam, C: int) -> torch.
             u.dqb.baddbmm_(dS, kb)
             u.dk.baddbmm_(dS.mT, qb)
         columns[rows, u.blocks] = torch.mul(vb, u.dv, out=u.room(*vb.shape)).sum(-1).view(u.R, n, C)
-        down[rows, u.blocks] = torch.mul(u.Z[0], u.dZ[0], out=u.room(*u.Z[0].shape)).sum((-2, -1))
-        dw = u.dway.view(u.R, J, n, C)
-        dways[rows, :, u.blocks] = torch.mul(dw, u.w, out=u.way).sum(-1, dtype=torch.float64)
-        for x, y in ((dq, u.dq), (dk, u.dk.view(u.R, n*C, K)), (dv, u.dv.view(u.R, n*C, V)), (dlam[..., :c], dlevel.reshape(u.R, n*C, -1))): u.put(x, y)
-        if J: u.put(dlam[..., c:c + J], dw.mul_(d.way[rows, :, u.blocks]).flatten(2).transpose(1, 2))
-    dtotal[:, :N] += dways.sum(1)
-    for j, start in enumerate(_starts(N, q.device)): dtotal.index_add_(1, start, -dways[:, j])
+        down[rows, u.blocks] = torch.mul(u.Z[0], u.dZ[0], out=u.room(*u.Z[0].shape)).sum((-2, -1)).to(down)
+        if J:
+            dways[:, rows, u.blocks] = torch.mul(u.dwayb, u.w, out=u.room(*u.w.shape)).sum(-1, dtype=torch.float64)
+            torch.mul(u.dwayb, d.way[:, rows, u.blocks], out=u.room(*u.w.shape))
+            u.dfar.copy_(u.room(*u.w.shape))
+        for place, x in zip(places, (u.dqb, u.dk, u.dv, u.dlam_)): _put(place, i, x)
+    dtotal[:, :N] += dways.sum(0)
+    for j, start in enumerate(_starts(N, q.device)): dtotal.index_add_(1, start, -dways[j])
     da = _whole((lam * dlam).sum(-1), N*C).unflatten(1, (N, C)) - columns
     own = dtotal.flip(1).cumsum(1).flip(1)[:, 1:] + down                                # of each block's own decay
     return (da.flip(2).cumsum(2).flip(2) + own.to(da)[..., None]).flatten(1)[:, :T]
@@ -271,7 +296,7 @@ def _looked_back(u: _GradWork, outer, douter, dtotal) -> torch.Tensor | None:
     r, m, inner = u.rows.start, u.first // GROUP, GROUP.bit_length() - 1
     for b in _bits(m):
         i = slice((m >> b) - 1, m >> b)
-        u.read_grad(u.q, u.do, u.w_[:, inner + b], u.dq, u.dway[:, inner + b], outer[b][r, i], douter[b][r, i], add=True)
+        u.read_grad(u.q, u.do, u.w_[inner + b], u.dq, u.dway[inner + b], outer[b][r, i], douter[b][r, i], add=True)
     if m + 1 == outer[0].shape[1]: return None                 # nothing reads the last group
     above = None
     for b in reversed(range(len(outer))):
@@ -281,8 +306,8 @@ def _looked_back(u: _GradWork, outer, douter, dtotal) -> torch.Tensor | None:
         if above is not None:
             pair = i // 2
             if m + 1 == i + 1 << b:                            # from here on its parent's gradient is complete
-                dD = (u.d.node[j][r, pair] * (outer[b][r, i] * above).sum()).double()
-                first, end = (int(x[pair]) for x in u.d.ends[j])
+                dD = (u.d.node[j][r, pair, 0, 0] * (outer[b][r, i] * above).sum()).double()
+                first, end = (int(x[pair]) for x in u.d.right[j])
                 dtotal[r, end] += dD
                 dtotal[r, first] -= dD
             mine = torch.addcmul(mine, above, u.d.node[j][r, pair])

@@ -74,6 +74,7 @@ def guarded(name:str, f:Callable[[], object], device:str)->tuple[object, str]:
         result = f()
         _wait(device)
         return result, ''
+    except Lost: raise                               # of a contender inside f
     except Exception as e: why = failure(e)          # outside this clause its traceback no longer holds the tensors
     gc.collect()
     try:

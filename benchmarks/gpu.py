@@ -132,8 +132,10 @@ def _rewritten(k:torch.Tensor, w:torch.Tensor, beta:torch.Tensor)->torch.Tensor:
 
 def fla_decode(prompt:Inputs, compiled:bool=True)->Step:
     "What fla.layers.PaTHAttention does at a token, without the projections, norms and unpadding around it"
+    if 'gate' in prompt: raise NotMeasured('no row of the table decodes with a gate')
     keys = fla_path(prompt, use_cache=True)[1]
     from fla.ops.attn.decoding import attn_decoding_one_step
+    if compiled: torch.compiler.reset()                      # the limit of recompilations is one for all rows
     values, update = prompt['v'], torch.compile(_rewritten) if compiled else _rewritten
     def step(x:Inputs)->torch.Tensor:
         nonlocal keys, values
@@ -177,18 +179,26 @@ def verdict(error:dict[str, float], dtype:torch.dtype)->str:
     worst = max(error, key=error.get)
     return 'right' if error[worst] <= WRONG[dtype] else f'wrong: relative error {error[worst]:.3g} of {worst}'
 
+def judged(error:dict[str, float], dtype:torch.dtype)->dict:
+    "An entry of a check; JSON has no infinity"
+    return dict(status=verdict(error, dtype), error={n: e if np.isfinite(e) else None for n, e in error.items()})
+
 def same(a:Inputs, b:Inputs)->bool:
     "Bit by bit"
     return all(torch.equal(a[n], b[n]) for n in a)
+
+def tune(f:Callable, case:Case, args)->None:
+    "An autotuner chooses once for heads and widths, at the length that it meets first: let that be one of the table, not the short one of a check"
+    if args.device != 'cpu' and not args.quick: gradients(f, inputs(replace(case, T=LENGTHS[0]), args.seed, args.device))
 
 def check(case:Case, args, known:dict[str, str])->dict:
     "Every contender's error, and whether its gradients are the same bits when computed again"
     x = inputs(case, args.seed, args.device)
     heads = [0, case.H - 1]
     def one(f:Callable)->dict:
+        tune(f, case, args)
         found = gradients(f, x)
-        error = errors(found, true, heads)
-        return dict(status=verdict(error, x['q'].dtype), error=error, deterministic=same(found, gradients(f, x)))
+        return judged(errors(found, true, heads), x['q'].dtype) | dict(deterministic=same(found, gradients(f, x)))
     true = truth(case, x, heads)
     return in_order({n: partial(one, f) for n, f in CONTENDERS[case.family].items() if f is not sdpa}, args, known)
 
@@ -200,14 +210,13 @@ def check_decode(case:Case, args, known:dict[str, str])->dict:
     def one(f:Callable[[Inputs], Step])->dict:
         step = f(tokens(x, 0, T))
         found = torch.cat([step(tokens(x, t, t + 1)) for t in range(T, case.T)], 1)
-        error = errors(dict(o=found), dict(o=true), heads)
-        return dict(status=verdict(error, x['q'].dtype), error=error)
+        return judged(errors(dict(o=found), dict(o=true), heads), x['q'].dtype)
     return in_order({n: partial(one, f) for n, f in DECODERS.items() if f is not sdpa_decode}, args, known)
 
 # ---- time and memory ---------------------------------------------------------------------------------------------------
 def in_order(runs:dict[str, Callable[[], dict]], args, known:dict[str, str])->dict:
     "One entry a contender, whatever becomes of the others"
-    found = {}
+    args.current = found = {}                                  # for who has to give up in the middle of a row
     for name, run in runs.items():
         entry, why = (None, known[name]) if name in known else guarded(name, run, args.device)
         found[name] = entry or dict(status=why)
@@ -323,7 +332,7 @@ def shown(r:dict)->str:
     c, parts = r['case'], []
     for n, e in r['contenders'].items():
         if 'seconds' in e: parts.append(f"{n} {1e3*e['seconds']['median']:.3g} ms")
-        elif 'error' in e: parts.append(f"{n} {e['status']} ({max(e['error'].values()):.2g})")
+        elif e['status'] == 'right': parts.append(f"{n} right ({max(e['error'].values()):.2g})")
         else: parts.append(f"{n} {e['status']}")
     times = ', '.join(f'{n} {t:.2f}x' for n, t in r.get('times_faster', {}).items())
     return f"{r['name']:26} T {c['T']:5} B {c['B']} H {c['H']} D {c['D']:3}{' gate' if c['gate'] else ''}   {'; '.join(parts)}" + (f'   [{times}]' if times else '')
@@ -353,8 +362,10 @@ class Record:
     def give_up(self, todo:list[Case])->None:
         "What is not there by now is written as such, and the process ends, whatever it is in"
         self.lock.acquire()
-        left = self.left(todo)
-        self.rows += [skipped(c, 'took too long' if c == left[0] else 'out of time', self.dtype) for c in left]
+        for i, c in enumerate(self.left(todo)):
+            r = skipped(c, 'out of time' if i else 'took too long', self.dtype)
+            if not i: r['contenders'] |= {n: e for n, e in getattr(self.args, 'current', {}).items() if e['status'] != 'measured' or 'seconds' in e}
+            self.rows.append(r)
         self.save()
         print(f'given up after {time.time() - self.args.started:.0f} s; {self.path}', flush=True)
         os._exit(0)
@@ -379,25 +390,30 @@ def measured(record:Record, todo:list[Case], args)->None:
             if name: record.save()
             else: record.add(skipped(case, why, record.dtype))
             again(args)
+        args.current = {}
         record.add(row(case, contenders, record.dtype) if contenders is not None else skipped(case, why, record.dtype))
 
 # ---- compiling beforehand ----------------------------------------------------------------------------------------------
 def compilations(todo:list[Case])->Iterator[tuple[str, str]]:
     "(family, contender) of the kernels that have to be compiled"
     for family in dict.fromkeys(c.family for c in todo):
-        yield from ((family, n) for n, f in CONTENDERS[family].items() if f is not sdpa)
+        yield from ((family, n) for n, f in CONTENDERS[family].items() if f not in (sdpa, stock_path))
 
 def compile_only(family:str, contender:str, todo:list[Case], args)->None:
     "Run one contender once in every shape for which it compiles anew: forward and backward, memory permitting"
     longest = 8192 if family == 'path' else max(LENGTHS)     # the kernels of PaTH do not depend on the length
-    for case in dict.fromkeys(replace(c, measure='', T=min(c.T, longest)) for c in todo if c.family == family and c.measure in ('check', 'forward', 'backward')):
+    wanted = [c for c in todo if c.family == family and c.measure in ('forward', 'backward', 'check')]
+    wanted.sort(key=lambda c: c.measure == 'check')          # last, since autotuners choose at the first
+    for case in dict.fromkeys(replace(c, measure='', T=min(c.T, longest)) for c in wanted):
         x = inputs(case, args.seed, args.device)
         guarded(contender, partial(gradients, CONTENDERS[family][contender], x), args.device)
 
 def compile_all(todo:list[Case], args)->None:
     "Side by side, since a compiler keeps one core busy and the kernels are many; what is compiled lies in Triton's cache on disk"
     command = [sys.executable, __file__, *sys.argv[1:], f'--started={args.started}']
-    running = [subprocess.Popen([*command, f'--compile={f}/{n}'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for f, n in compilations(todo)]
+    apart = os.environ | {'FLA_CACHE_RESULTS': '0'}          # what an autotuner finds while others use the GPU is not kept
+    running = [subprocess.Popen([*command, f'--compile={f}/{n}'], env=apart, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+               for f, n in compilations(todo)]
     for p in running:
         try: p.wait(max(1, args.started + args.budget*.4 - time.time()))
         except subprocess.TimeoutExpired: p.kill()

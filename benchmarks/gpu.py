@@ -332,7 +332,7 @@ def shown(r:dict)->str:
     c, parts = r['case'], []
     for n, e in r['contenders'].items():
         if 'seconds' in e: parts.append(f"{n} {1e3*e['seconds']['median']:.3g} ms")
-        elif e['status'] == 'right': parts.append(f"{n} right ({max(e['error'].values()):.2g})")
+        elif e['status'] == 'right' and e.get('error'): parts.append(f"{n} right ({max(e['error'].values()):.2g})")
         else: parts.append(f"{n} {e['status']}")
     times = ', '.join(f'{n} {t:.2f}x' for n, t in r.get('times_faster', {}).items())
     return f"{r['name']:26} T {c['T']:5} B {c['B']} H {c['H']} D {c['D']:3}{' gate' if c['gate'] else ''}   {'; '.join(parts)}" + (f'   [{times}]' if times else '')

@@ -44,7 +44,7 @@ def _split(x: torch.Tensor, C: int) -> list[torch.Tensor]:
         if T % size: found.append(_whole(row[None, full*size:], -(-(T % size) // C)*C).view(-1, C, *x.shape[2:]))
     return found
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #08dab2fc
+# %% ../../nbs/03_log_linear/04_attention.ipynb #507d950a
 @lru_cache(64)
 def _one_hot(C: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     "Level masks of a block as (C, c+1, C): query, level, key"
@@ -56,26 +56,26 @@ def _starts(N: int, device: torch.device) -> torch.Tensor:
     j = torch.arange((N - 1).bit_length(), device=device)[:, None]
     return torch.arange(N, device=device) >> j << j
 
-def _exp(x: torch.Tensor) -> torch.Tensor:
-    "exp in place, without subnormal results and without any that a product with a usual number could make subnormal"
-    return F.threshold_(x, .75*math.log(torch.finfo(x.dtype).tiny), -math.inf).exp_()
+def _exp(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    "exp of float64, in place, as `dtype`: without subnormal results and without any that a product with a usual number could make subnormal"
+    return F.threshold_(x, .75*math.log(torch.finfo(dtype).tiny), -math.inf).exp_().to(dtype)
 
 class _Decays:
     """Every decay of R rows: `a` (R, N, C) within blocks; of each group, `scales` of the queries and `ends` of the keys (m, C, 1) and whether it is mild;
     `way` (J, R, N, 1 or C) from the node of each level to where the queries are scaled to; `node[j]` (R, n, 1, 1) of the right-hand nodes of level j"""
     def __init__(self, g: torch.Tensor, C: int):
-        self.a = F.pad(g, (0, -g.shape[1] % C)).unflatten(1, (-1, C)).cumsum(-1)
+        self.a = F.pad(g, (0, -g.shape[1] % C)).unflatten(1, (-1, C)).cumsum(-1, dtype=torch.float64)
         (R, N, _), D = self.a.shape, self.a[..., -1:]
         mild = self.a.amin(-1, keepdim=True) > MILD
         reached = D if (all_mild := bool(mild.all())) else torch.where(mild, D, self.a)
         cut = lambda x: _split(x.flatten(1), C)
-        self.scales, self.ends = ([x[..., None] for x in cut(y)] for y in ((self.a - reached).exp_(), _exp(D - self.a)))
+        self.scales, self.ends = ([x[..., None] for x in cut(y)] for y in ((self.a - reached).exp_().to(g), _exp(D - self.a, g.dtype)))
         self.milds = [all_mild or bool(mild[rows, first:first + n].all()) for rows, first, n in _groups(R, N)]
-        self.total = F.pad(D[..., 0].double().cumsum(-1), (1, 0))
-        p = (self.total[:, :-1] - self.total[:, _starts(N, g.device)].transpose(0, 1)).to(g)
-        self.way = _exp(reached + p[..., None])
+        self.total = F.pad(D[..., 0].cumsum(-1), (1, 0))
+        p = self.total[:, :-1] - self.total[:, _starts(N, g.device)].transpose(0, 1)
+        self.way = _exp(reached + p[..., None], g.dtype)
         self.right = [_right_nodes(N, j, g.device) for j in range(len(p))]
-        self.node = [_exp((self.total[:, end] - self.total[:, first]).to(g))[..., None, None] for first, end in self.right]
+        self.node = [_exp(self.total[:, end] - self.total[:, first], g.dtype)[..., None, None] for first, end in self.right]
 
 @lru_cache(256)
 def _right_nodes(N: int, j: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +83,7 @@ def _right_nodes(N: int, j: int, device: torch.device) -> tuple[torch.Tensor, to
     first = torch.arange(1 << j, N, 2 << j, device=device)
     return first, (first + (1 << j)).clamp(max=N)
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #a4098731
+# %% ../../nbs/03_log_linear/04_attention.ipynb #2a57d775
 def _batches(x: torch.Tensor) -> list:
     "Indices that cut (R, n, ...) into 3-D batches, along rows or along blocks, whichever makes fewer"
     return list(range(x.shape[0])) if x.shape[0] <= x.shape[1] else [(slice(None), i) for i in range(x.shape[1])]
@@ -138,7 +138,7 @@ class _Work:
         "Scores with their decays, and the decays alone where the group is not mild (@eq-rank-one)"
         if self.mild: return torch.bmm(self.qb, self.k.mT, out=self.S), None
         a = self.d.a[self.rows, self.blocks].reshape(-1, self.C)
-        decay = _exp((a[:, :, None] - a[:, None, :]).clamp_(max=0))
+        decay = _exp((a[:, :, None] - a[:, None, :]).clamp_(max=0), q.dtype)
         return torch.bmm(q, k.mT, out=self.S).mul_(decay), decay
 
     def up(self, root: bool) -> None:
@@ -202,7 +202,7 @@ def _look_back(u: _Work, outer: list[torch.Tensor]) -> None:
         if not m & 1: break
         m >>= 1
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #ad7450f2
+# %% ../../nbs/03_log_linear/04_attention.ipynb #3cd1f2a0
 class _GradWork(_Work):
     "Buffers for the gradients of a group"
     def __init__(self, like: torch.Tensor, R: int, n: int, C: int, K: int, V: int, L: int):
@@ -249,7 +249,7 @@ def _backward(q, k, v, g, lam, Z, outer, do, dq, dk, dv, dlam, C: int) -> torch.
     (R, T, K), V, d, works = q.shape, v.shape[-1], _Decays(g, C), {}
     N, J, lam = d.a.shape[1], len(d.way), _reached(lam, d, C)
     dlam[..., lam.shape[-1]:] = 0                              # levels that no position reaches
-    douter, columns, down = [torch.zeros_like(x) for x in outer], torch.empty_like(d.a), d.total.new_empty(R, N)
+    douter, columns, down = [torch.zeros_like(x) for x in outer], q.new_empty(d.a.shape), d.total.new_empty(R, N)
     dtotal, dways = torch.zeros_like(d.total), d.total.new_empty(J, R, N)
     dlam, hot = dlam[..., :lam.shape[-1]], _one_hot(C, q.dtype, q.device)[:, :lam.shape[-1]]
     parts, places = [_split(x, C) for x in (q, k, v, lam, do)], [_places(x, C) for x in (dq, dk, dv, dlam)]
@@ -531,7 +531,7 @@ def linear_attention(q: torch.Tensor, # (B, T, G, K) queries
     if initial_state is not None and len(initial_state) != n["B"]: raise ValueError(f"initial_state must have {n['B']} rows, got {len(initial_state)}")
     return rows(*tensors, *([] if initial_state is None else [initial_state]))
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #f82bd81f
+# %% ../../nbs/03_log_linear/04_attention.ipynb #2989ce6e
 def _linear(q, k, v, g, beta, S: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     "All blocks at once, but for the states between them"
     B, T, H, V = v.shape
@@ -540,13 +540,13 @@ def _linear(q, k, v, g, beta, S: torch.Tensor | None) -> tuple[torch.Tensor, tor
     if not T: return v.to(dtype), S
     C = min(CHUNK, 1 << (T - 1).bit_length())
     q, k, v, g, _, beta = (None if x is None else in_blocks(x.to(dtype), C) for x in head_first(q, k, v, g, g[..., None], beta))
-    a = g.cumsum(-1)
+    a = g.double().cumsum(-1)
     A, qt, kt, P = transported(q, k, beta)
     causal = torch.ones(C, C, dtype=torch.bool, device=v.device).tril()
-    o = (A * (a[..., :, None] - a[..., None, :]).masked_fill(~causal, -torch.inf).exp()) @ v
-    Z, D, before = (kt * (a[..., -1:] - a).exp()[..., None]).mT @ v, a[..., -1:].exp()[..., None], []
+    o = (A * (a[..., :, None] - a[..., None, :]).masked_fill(~causal, -torch.inf).to(v).exp()) @ v
+    Z, D, before = (kt * (a[..., -1:] - a).exp().to(v)[..., None]).mT @ v, a[..., -1:].exp().to(v)[..., None], []
     for n in range(v.shape[2]):
         before.append(S)
         S = D[:, :, n] * (S if P is None else P[:, :, n] @ S) + Z[:, :, n]
-    o = o + a.exp()[..., None] * (qt @ torch.stack(before, 2))
+    o = o + a.exp().to(v)[..., None] * (qt @ torch.stack(before, 2))
     return o.flatten(2, 3)[:, :, :T].transpose(1, 2), S

@@ -32,7 +32,7 @@ def weights(a: torch.Tensor, # (..., T) log decay from the start of the block
     decay = (a[..., :, None] - a[..., None, :]).masked_fill(~causal, -torch.inf).to(lam.dtype).exp()
     return decay * lam.gather(-1, level.expand(decay.shape))
 
-# %% ../../nbs/03_log_linear/03_forms.ipynb #1ee443ad
+# %% ../../nbs/03_log_linear/03_forms.ipynb #2ba128b2
 def masked_attention(q: torch.Tensor, # (B, T, G, K)
                      k: torch.Tensor, # (B, T, G, K)
                      v: torch.Tensor, # (B, T, H, V)
@@ -46,7 +46,7 @@ def masked_attention(q: torch.Tensor, # (B, T, G, K)
     L, T, t0 = lam.shape[-1], v.shape[-2], int(state.t[0]) if state else 0
     pos = torch.arange(t0, t0 + T, device=v.device)
     A, qt, kt, P = transported(q, k, beta)
-    a = g.double().cumsum(-1)                                  # one sum over all T: in float64, or late differences lose their digits
+    a = g.double().cumsum(-1)                                  # in float64, or late differences of long sums lose their digits
     o = (A * weights(a, lam, bit_length(pos[:, None] ^ pos))).tril() @ v
     end = (a[..., -1:] - a).exp().to(v.dtype)
     held = (bit_length(pos[-1] ^ pos) == torch.arange(L, device=v.device)[:, None]).to(v.dtype)
@@ -79,7 +79,7 @@ def recurrent_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: to
         out.append(o)
     return torch.stack(out, 1), state
 
-# %% ../../nbs/03_log_linear/03_forms.ipynb #482fc136
+# %% ../../nbs/03_log_linear/03_forms.ipynb #852bbd20
 def chunkwise_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, lam: torch.Tensor,
                         beta: torch.Tensor | None = None,
                         C: int = 64, # tokens in a block, a power of two
@@ -90,7 +90,7 @@ def chunkwise_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: to
     held, out, c = {}, [], C.bit_length() - 1
     for n, first in enumerate(range(0, v.shape[-2], C)):
         cut = slice(first, first + C)
-        a, x, w = g[..., cut].cumsum(-1), v[..., cut, :], lam[..., cut, :]
+        a, x, w = g[..., cut].double().cumsum(-1), v[..., cut, :], lam[..., cut, :]
         i = torch.arange(x.shape[-2], device=v.device)
         A, qt, kt, P = transported(q[..., cut, :], k[..., cut, :], None if beta is None else beta[..., cut])
         o = (A * weights(a, w, bit_length(i[:, None] ^ i))).tril() @ x
@@ -98,13 +98,13 @@ def chunkwise_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: to
             m = lowest_set_bit(n) + 1
             held[m] = sum(held.pop(j) for j in range(m) if j in held)
         for j, S in held.items():
-            o = o + (w[..., c + j] * a.exp())[..., None] * (qt @ S)
-            held[j] = a[..., -1, None, None].exp() * (S if P is None else P @ S)
-        held[0] = (kt * (a[..., -1:] - a).exp()[..., None]).mT @ x
+            o = o + (w[..., c + j] * a.exp().to(v))[..., None] * (qt @ S)
+            held[j] = a[..., -1, None, None].exp().to(v) * (S if P is None else P @ S)
+        held[0] = (kt * (a[..., -1:] - a).exp().to(v)[..., None]).mT @ x
         out.append(o)
     return torch.cat(out, -2).transpose(1, 2)
 
-# %% ../../nbs/03_log_linear/03_forms.ipynb #74bca0e1
+# %% ../../nbs/03_log_linear/03_forms.ipynb #edd6b703
 def tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, lam: torch.Tensor,
                    beta: torch.Tensor | None = None,
                    state: LogLinearState | None = None, # of rows that all have seen t tokens, t a multiple of a power of two >= T
@@ -117,14 +117,14 @@ def tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.T
     T, t0, c, L = v.shape[1], int(state.t[0]) if state else 0, C.bit_length() - 1, lam.shape[-1]
     if t0 and T > t0 & -t0: raise ValueError(f"from position {t0} a node of the tree holds at most {t0 & -t0} tokens, got {T}")
     q, k, v, g, lam, beta = (None if x is None else in_blocks(x, C) for x in head_first(q, k, v, g, lam, beta, state))
-    a, i = g.cumsum(-1), torch.arange(C, device=v.device)
+    a, i = g.double().cumsum(-1), torch.arange(C, device=v.device)         # sums of decays in float64: strong ones would lose the digits of weak ones
     A, qt, kt, P = transported(q, k, beta)
     o = (A * weights(a, lam, bit_length(i[:, None] ^ i).clamp(max=L - 1))).tril() @ v
-    nodes, p = [((kt * (a[..., -1:] - a).exp()[..., None]).mT @ v, P, a[..., -1])], a
+    nodes, p = [((kt * (a[..., -1:] - a).exp().to(v)[..., None]).mT @ v, P, a[..., -1])], a
     for j in range((v.shape[2] - 1).bit_length()):
         Z, P, D = nodes[j]
         right, left = _siblings(v.shape[2], j, v.device)
-        w, qr = (lam[..., c + 1 + j] * p.exp())[:, :, right], qt[:, :, right]
+        w, qr = (lam[..., c + 1 + j] * p.exp().to(v))[:, :, right], qt[:, :, right]
         o = o.index_add(2, right, w[..., None] * (qr @ Z[:, :, left]))
         p = p.index_add(2, right, D[:, :, left, None].expand(*w.shape))
         if P is not None: qt = qt.index_copy(2, right, qr @ P[:, :, left])
@@ -132,11 +132,11 @@ def tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.T
     S = None
     if state is not None or return_state:
         earlier = earlier_buckets(state, L, o)
-        for l, old in earlier.items(): o = o + (lam[..., l] * p.exp())[..., None] * (qt @ old[:, :, None])
+        for l, old in earlier.items(): o = o + (lam[..., l] * p.exp().to(v))[..., None] * (qt @ old[:, :, None])
         if return_state: S = _after(nodes, kt, v, a, T, L, earlier, t0)
     return o.flatten(2, 3)[:, :, :T].transpose(1, 2), S
 
-# %% ../../nbs/03_log_linear/03_forms.ipynb #8fbb49ef
+# %% ../../nbs/03_log_linear/03_forms.ipynb #c30f3fca
 def in_blocks(x: torch.Tensor, C: int) -> torch.Tensor:
     "(B, H, T, ...) in blocks (B, H, N, C, ...); the last is filled with zeros: nothing written, no decay, no reflection"
     pad = -x.shape[2] % C
@@ -154,7 +154,7 @@ def _parents(Z: torch.Tensor, P: torch.Tensor | None, D: torch.Tensor) -> tuple[
     m = Z.shape[2] // 2 * 2
     L, R = slice(0, m, 2), slice(1, m, 2)
     carried = Z[:, :, L] if P is None else P[:, :, R] @ Z[:, :, L]
-    Z = torch.cat([D[:, :, R].exp()[..., None, None] * carried + Z[:, :, R], Z[:, :, m:]], 2)
+    Z = torch.cat([D[:, :, R].exp().to(Z)[..., None, None] * carried + Z[:, :, R], Z[:, :, m:]], 2)
     P = None if P is None else torch.cat([P[:, :, R] @ P[:, :, L], P[:, :, m:]], 2)
     return Z, P, torch.cat([D[:, :, L] + D[:, :, R], D[:, :, m:]], 2)
 
@@ -169,17 +169,17 @@ def earlier_buckets(state: LogLinearState | None, # of rows at one position
     S = (merge_matrix(state.t, L).to(like)[:, None] @ state.S.to(like).flatten(-2)).unflatten(-1, state.S.shape[-2:])
     return {b + 1: S[:, :, b + 1] for b in range(t0.bit_length()) if t0 >> b & 1}
 
-# %% ../../nbs/03_log_linear/03_forms.ipynb #6711582e
+# %% ../../nbs/03_log_linear/03_forms.ipynb #5c5894bb
 def _after(nodes: list, kt: torch.Tensor, v: torch.Tensor, a: torch.Tensor, T: int, L: int, earlier: dict[int, torch.Tensor],
            t0: int) -> LogLinearState:
     "The state after T tokens: the last block's own buckets, its left-hand siblings, and what came before"
     (n, r), C = divmod(T - 1, v.shape[3]), v.shape[3]
     i = torch.arange(C, device=v.device)
     held = ((bit_length(i ^ r) == torch.arange(L, device=v.device)[:, None]) & (i <= r)).to(v)
-    end = (a[:, :, n, -1:] - a[:, :, n]).exp()
+    end = (a[:, :, n, -1:] - a[:, :, n]).exp().to(v)
     own = (kt[:, :, n, None] * (held * end[:, :, None])[..., None]).mT @ v[:, :, n, None]       # (B, H, L, K, V)
     S, (_, P, D) = list(own.unbind(2)), (x if x is None else x[:, :, n] for x in nodes[0])
-    carry = lambda x: D.exp()[..., None, None] * (x if P is None else P @ x)
+    carry = lambda x: D.exp().to(x)[..., None, None] * (x if P is None else P @ x)
     for j, level in enumerate(nodes[:-1]):
         if n >> j & 1:
             Zj, Pj, Dj = (x if x is None else x[:, :, (n >> j) - 1] for x in level)

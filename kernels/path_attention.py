@@ -192,24 +192,25 @@ def _prepare_kernel(k, w, beta, leaf, inv, u, y, kt, T, N, H: tl.constexpr, D: t
     n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     first, end = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1)
-    S: tl.constexpr = 32 if BD > 32 else BD
-    i, d, e, m = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, S), bh*N + n
-    live, every, at = first + i < end, i >= 0, ((b*T + first)*H + h)*D
+    S: tl.constexpr = 32 if BD > 32 else BD                                      # columns at a time, to save registers
+    i, e, m = tl.arange(0, C), tl.arange(0, S), bh*N + n
+    live, at = first + i < end, ((b*T + first)*H + h)*D
     below = i[:, None] > i[None, :]
-    gram = tl.zeros((C, C), tl.float32)
-    for col in range(0, BD, S):                                                  # by columns: three products a step need registers
+    gram, mixed = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    for col in range(0, BD, S):
         x = _tile(w, at, i, col + e, live, H*D, D).to(tl.float32)
         gram += _dot(x, tl.trans(x), 'tf32x3')
+        mixed += _dot(x, tl.trans(_tile(k, at, i, col + e, live, H*D, D).to(tl.float32)), PREC)
     bt = tl.load(beta + (b*T + first + i)*H + h, mask=live, other=0.).to(tl.float32)
     t = _unit_lower_inverse(tl.where(below, bt[:, None]*gram, 0.), C)
     if SAVE: tl.store(_square(inv, m*C*C, i, i, C), t)
     t *= bt[None, :]                                                             # T = (I + stril(diag(beta) W W'))^-1 diag(beta)
-    wt = _tile(w, at, i, d, live, H*D, D).to(tl.float32)
-    tl.store(_square(y, m*C*BD, i, d, BD), _dot(t, wt, PREC))
-    kk = _tile(k, at, i, d, live, H*D, D).to(tl.float32)
-    uu = _dot(t, tl.where(below, _dot(wt, tl.trans(kk), PREC), 0.), PREC)
+    uu = _dot(t, tl.where(below, mixed, 0.), PREC)
     tl.store(_square(u, m*C*C, i, i, C), uu)
-    _put(kt, m*C*BD, i, d, every, kk - _dot(tl.trans(uu), wt, PREC), BD, BD)
+    for col in range(0, BD, S):
+        x = _tile(w, at, i, col + e, live, H*D, D).to(tl.float32)
+        tl.store(_square(y, m*C*BD, i, col + e, BD), _dot(t, x, PREC))
+        tl.store(_square(kt, m*C*BD, i, col + e, BD), _tile(k, at, i, col + e, live, H*D, D).to(tl.float32) - _dot(tl.trans(uu), x, PREC))
 
 @triton.jit
 def _leaf_node_kernel(w, y, leaf, p, T, N, nodes, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
@@ -232,19 +233,25 @@ def _query_prepare_kernel(q, k, w, u, y, c, leaf, logits, qt, T, N, plane, scale
     b, hq = bhq // HQ, bhq % HQ
     h = hq // (HQ // H)
     first, end = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1)
-    i, d, m = tl.arange(0, C), tl.arange(0, BD), (b*H + h)*N + n
-    live, every, at = first + i < end, i >= 0, ((b*T + first)*H + h)*D
+    S: tl.constexpr = 32 if BD > 32 else BD                                      # columns at a time, to save registers
+    i, e, m, mq = tl.arange(0, C), tl.arange(0, S), (b*H + h)*N + n, bhq*N + n
+    live, at, atq = first + i < end, ((b*T + first)*H + h)*D, ((b*T + first)*HQ + hq)*D
     causal = i[:, None] >= i[None, :]
-    qq = _tile(q, ((b*T + first)*HQ + hq)*D, i, d, live, HQ*D, D).to(tl.float32)
-    s = tl.where(causal, _dot(qq, tl.trans(_tile(w, at, i, d, live, H*D, D).to(tl.float32)), PREC), 0.)
-    a = _dot(qq, tl.trans(_tile(k, at, i, d, live, H*D, D).to(tl.float32)), PREC)
+    s, a = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    for col in range(0, BD, S):
+        x = _tile(q, atq, i, col + e, live, HQ*D, D).to(tl.float32)
+        s += _dot(x, tl.trans(_tile(w, at, i, col + e, live, H*D, D).to(tl.float32)), PREC)
+        a += _dot(x, tl.trans(_tile(k, at, i, col + e, live, H*D, D).to(tl.float32)), PREC)
+    s = tl.where(causal, s, 0.)
     a = (a - _dot(s, tl.load(_square(u, m*C*C, i, i, C)), PREC))*scale
     if GATE:
         ptr = c + bhq*T + first + i
         hi, lo = tl.load(ptr, mask=live, other=0.), tl.load(ptr + plane, mask=live, other=0.)
         a += ((hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :]))*gscale
-    tl.store(_square(logits, (bhq*N + n)*C*C, i, i, C), tl.where(causal, a, float('-inf')))
-    _put(qt, (bhq*N + n)*C*BD, i, d, every, qq - _dot(s, tl.load(_square(y, m*C*BD, i, d, BD)), PREC), BD, BD)
+    tl.store(_square(logits, mq*C*C, i, i, C), tl.where(causal, a, float('-inf')))
+    for col in range(0, BD, S):
+        x = _tile(q, atq, i, col + e, live, HQ*D, D).to(tl.float32)
+        tl.store(_square(qt, mq*C*BD, i, col + e, BD), x - _dot(s, tl.load(_square(y, m*C*BD, i, col + e, BD)), PREC))
 
 @triton.jit
 def _compose_kernel(p, joins, nodes, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr):
@@ -295,41 +302,42 @@ def _forward_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, T, N, q_slots, k
     tile = tiles + tl.program_id(0)*7
     first, end, n = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     q0, k0, e, stop = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6)
-    i, j, d = tl.arange(0, 2*C), tl.arange(0, C), tl.arange(0, BD)
+    i, j, d = tl.arange(0, 2*C), tl.arange(0, BN), tl.arange(0, BD)
     live, upper = first + i < end, i >= C
     vbase, cbase = (b*T*H + h)*D, bhq*T
     qbase, kbase = bhq*q_slots*C*BD, (b*H + h)*k_slots*C*BD
-    # own leaf: its logits are ready; row i of the tile is row i%C of leaf n + i//C
-    s = tl.load(_square(logits, (bhq*N + n)*C*C, i, j, C), mask=live[:, None], other=0.)
-    m = tl.max(s, 1)
-    s = tl.exp2(s - m[:, None])
-    l = tl.sum(s, 1)
-    v0 = _tile(v, vbase + first.to(tl.int64)*H*D, j, d, first + j < end, H*D, D)
-    acc = _dot(tl.where(upper[:, None], 0., s).to(v0.dtype), v0, PREC)
-    if q0 >= 0:
-        v1 = _tile(v, vbase + (first + C).to(tl.int64)*H*D, j, d, first + C + j < end, H*D, D)
-        acc += _dot(tl.where(upper[:, None], s, 0.).to(v1.dtype), v1, PREC)
-        # the pair's rectangle, level 0: the upper leaf's queries, the lower one's keys
+    acc, m, l = tl.zeros((2*C, BD), tl.float32), tl.full((2*C,), float('-inf'), tl.float32), tl.zeros((2*C,), tl.float32)
+    # own leaf: its logits are ready; row i of the tile is row i%C of leaf n + i//C, and sees its first key at once
+    for at in range(0, C, BN):
+        x = tl.load(_square(logits, (bhq*N + n)*C*C, i, at + j, C), mask=live[:, None], other=0.)
+        high = tl.maximum(m, tl.max(x, 1))
+        fade, x = tl.exp2(m - high), tl.exp2(x - high[:, None])
+        m, l, acc = high, l*fade + tl.sum(x, 1), acc*fade[:, None]
+        vv = _tile(v, vbase + (first + at).to(tl.int64)*H*D, j, d, first + at + j < end, H*D, D)
+        acc = tl.dot(tl.where(upper[:, None], 0., x).to(vv.dtype), vv, acc, input_precision=PREC)
+        vv = _tile(v, vbase + (first + C + at).to(tl.int64)*H*D, j, d, first + C + at + j < end, H*D, D)
+        acc = tl.dot(tl.where(upper[:, None], x, 0.).to(vv.dtype), vv, acc, input_precision=PREC)
+    if q0 >= 0:                                                                       # level 0: the upper leaf's queries, the lower one's keys
         qq = _tile(xq, qbase + (q0 - C).to(tl.int64)*BD, i, d, upper & live, BD, BD)
-        kk = tl.load(_square(xk, kbase + k0.to(tl.int64)*BD, j, d, BD))
-        s = _dot(qq, tl.trans(kk), PREC)*scale
-        if GATE:
-            ref = first + C - 1
-            s += (_decay(c, cbase, plane, first + i, ref, upper & live)[:, None] - _decay(c, cbase, plane, first + j, ref, j >= 0)[None, :])*gscale
-        acc, m, l = _online(acc, m, l, tl.where(upper[:, None], s, float('-inf')), v0, PREC)
+        if GATE: qc = _decay(c, cbase, plane, first + i, first + C - 1, upper & live)*gscale
+        for at in range(0, C, BN):
+            kk = tl.load(_square(xk, kbase + (k0 + at).to(tl.int64)*BD, j, d, BD))
+            vv = _tile(v, vbase + (first + at).to(tl.int64)*H*D, j, d, j >= 0, H*D, D)
+            x = _dot(qq, tl.trans(kk), PREC)*scale
+            if GATE: x += qc[:, None] - _decay(c, cbase, plane, first + at + j, first + C - 1, j >= 0)[None, :]*gscale
+            acc, m, l = _online(acc, m, l, tl.where(upper[:, None], x, float('-inf')), vv, PREC)
     # all other levels: both leaves see the whole of the same Left nodes
-    jj = tl.arange(0, BN)
     while e < stop:
         rect = rects + e*4
         qrow, krow, key, size = tl.load(rect), tl.load(rect + 1).to(tl.int64), tl.load(rect + 2).to(tl.int64), tl.load(rect + 3)
         qq = _tile(xq, qbase + qrow.to(tl.int64)*BD, i, d, live, BD, BD)
         if GATE: qc = _decay(c, cbase, plane, first + i, key + size - 1, live)*gscale
         for at in range(0, size, BN):
-            kk = tl.load(_square(xk, kbase + (krow + at)*BD, jj, d, BD))
-            vv = _tile(v, vbase + (key + at)*H*D, jj, d, jj >= 0, H*D, D)
-            s = _dot(qq, tl.trans(kk), PREC)*scale
-            if GATE: s += qc[:, None] - _decay(c, cbase, plane, key + at + jj, key + size - 1, jj >= 0)[None, :]*gscale
-            acc, m, l = _online(acc, m, l, s, vv, PREC)
+            kk = tl.load(_square(xk, kbase + (krow + at)*BD, j, d, BD))
+            vv = _tile(v, vbase + (key + at)*H*D, j, d, j >= 0, H*D, D)
+            x = _dot(qq, tl.trans(kk), PREC)*scale
+            if GATE: x += qc[:, None] - _decay(c, cbase, plane, key + at + j, key + size - 1, j >= 0)[None, :]*gscale
+            acc, m, l = _online(acc, m, l, x, vv, PREC)
         e += 1
     _put(o, (b*T + first)*HQ*D + hq*D, i, d, live, acc/l[:, None], HQ*D, D)
     tl.store(lse + bhq*T + first + i, m + tl.log2(l), mask=live)
@@ -345,7 +353,7 @@ def _query_grad_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, do, delta, dl
     tile = tiles + tl.program_id(0)*7
     first, end, n = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     q0, k0, e, stop = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6)
-    i, j, d = tl.arange(0, 2*C), tl.arange(0, C), tl.arange(0, BD)
+    i, j, d = tl.arange(0, 2*C), tl.arange(0, BN), tl.arange(0, BD)
     live, upper = first + i < end, i >= C
     vbase, cbase = (b*T*H + h)*D, bhq*T
     qbase, kbase = bhq*q_slots*C*BD, (b*H + h)*k_slots*C*BD
@@ -353,28 +361,28 @@ def _query_grad_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, do, delta, dl
     dd = tl.sum(g.to(tl.float32)*_tile(o, (b*T + first)*HQ*D + hq*D, i, d, live, HQ*D, D).to(tl.float32), 1)
     tl.store(delta + bhq*T + first + i, dd, mask=live)
     z = tl.load(lse + bhq*T + first + i, mask=live, other=float('inf'))              # probabilities of rows beyond the end are 0
-    v0 = _tile(v, vbase + first.to(tl.int64)*H*D, j, d, first + j < end, H*D, D)
-    g0 = _dot(g, tl.trans(v0), PREC)
-    s = tl.load(_square(logits, (bhq*N + n)*C*C, i, j, C), mask=live[:, None], other=0.)
-    own = g0
-    if q0 >= 0:
-        v1 = _tile(v, vbase + (first + C).to(tl.int64)*H*D, j, d, first + C + j < end, H*D, D)
-        own = tl.where(upper[:, None], _dot(g, tl.trans(v1), PREC), g0)
-    ds = tl.exp2(s - z[:, None])*(own - dd[:, None])
-    # rows of a leaf that does not exist (n the last of its sequence) belong to another leaf: leave them alone
-    tl.store(_square(dlogits, (bhq*N + n)*C*C, i, j, C), ds, mask=((i < C) | (q0 >= 0))[:, None])
-    dcq = tl.sum(ds, 1)
-    if q0 >= 0:
+    dcq = tl.zeros((2*C,), tl.float32)
+    for at in range(0, C, BN):                                                        # own leaf
+        v0 = _tile(v, vbase + (first + at).to(tl.int64)*H*D, j, d, first + at + j < end, H*D, D)
+        v1 = _tile(v, vbase + (first + C + at).to(tl.int64)*H*D, j, d, first + C + at + j < end, H*D, D)
+        x = tl.where(upper[:, None], _dot(g, tl.trans(v1), PREC), _dot(g, tl.trans(v0), PREC)) - dd[:, None]
+        x *= tl.exp2(tl.load(_square(logits, (bhq*N + n)*C*C, i, at + j, C), mask=live[:, None], other=0.) - z[:, None])
+        # rows of a second leaf that does not exist belong to another leaf: leave them alone
+        tl.store(_square(dlogits, (bhq*N + n)*C*C, i, at + j, C), x, mask=((i < C) | (q0 >= 0))[:, None])
+        dcq += tl.sum(x, 1)
+    if q0 >= 0:                                                                       # level 0
         qq = _tile(xq, qbase + (q0 - C).to(tl.int64)*BD, i, d, upper & live, BD, BD)
-        kk = tl.load(_square(xk, kbase + k0.to(tl.int64)*BD, j, d, BD))
-        s = _dot(qq, tl.trans(kk), PREC)*scale
-        if GATE:
-            ref = first + C - 1
-            s += (_decay(c, cbase, plane, first + i, ref, upper & live)[:, None] - _decay(c, cbase, plane, first + j, ref, j >= 0)[None, :])*gscale
-        ds = tl.where(upper[:, None], tl.exp2(s - z[:, None])*(g0 - dd[:, None]), 0.)
-        dcq += tl.sum(ds, 1)
-        _put(dxq, qbase + (q0 - C).to(tl.int64)*BD, i, d, upper, _dot(ds.to(kk.dtype), kk, PREC), BD, BD)
-    jj = tl.arange(0, BN)
+        if GATE: qc = _decay(c, cbase, plane, first + i, first + C - 1, upper & live)*gscale
+        dq = tl.zeros((2*C, BD), tl.float32)
+        for at in range(0, C, BN):
+            kk = tl.load(_square(xk, kbase + (k0 + at).to(tl.int64)*BD, j, d, BD))
+            vv = _tile(v, vbase + (first + at).to(tl.int64)*H*D, j, d, j >= 0, H*D, D)
+            x = _dot(qq, tl.trans(kk), PREC)*scale
+            if GATE: x += qc[:, None] - _decay(c, cbase, plane, first + at + j, first + C - 1, j >= 0)[None, :]*gscale
+            x = tl.where(upper[:, None], tl.exp2(x - z[:, None])*(_dot(g, tl.trans(vv), PREC) - dd[:, None]), 0.)
+            dcq += tl.sum(x, 1)
+            dq = tl.dot(x.to(kk.dtype), kk, dq, input_precision=PREC)
+        _put(dxq, qbase + (q0 - C).to(tl.int64)*BD, i, d, upper, dq, BD, BD)
     while e < stop:
         rect = rects + e*4
         qrow, krow, key, size = tl.load(rect).to(tl.int64), tl.load(rect + 1).to(tl.int64), tl.load(rect + 2).to(tl.int64), tl.load(rect + 3)
@@ -382,10 +390,10 @@ def _query_grad_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, do, delta, dl
         if GATE: qc = _decay(c, cbase, plane, first + i, key + size - 1, live)*gscale
         dq = tl.zeros((2*C, BD), tl.float32)
         for at in range(0, size, BN):
-            kk = tl.load(_square(xk, kbase + (krow + at)*BD, jj, d, BD))
-            vv = _tile(v, vbase + (key + at)*H*D, jj, d, jj >= 0, H*D, D)
+            kk = tl.load(_square(xk, kbase + (krow + at)*BD, j, d, BD))
+            vv = _tile(v, vbase + (key + at)*H*D, j, d, j >= 0, H*D, D)
             x = _dot(qq, tl.trans(kk), PREC)*scale
-            if GATE: x += qc[:, None] - _decay(c, cbase, plane, key + at + jj, key + size - 1, jj >= 0)[None, :]*gscale
+            if GATE: x += qc[:, None] - _decay(c, cbase, plane, key + at + j, key + size - 1, j >= 0)[None, :]*gscale
             dx = tl.exp2(x - z[:, None])*(_dot(g, tl.trans(vv), PREC) - dd[:, None])
             if GATE: dcq += tl.sum(dx, 1)
             dq = tl.dot(dx.to(kk.dtype), kk, dq, input_precision=PREC)
@@ -404,37 +412,40 @@ def _key_grad_kernel(xq, xk, v, logits, c, tiles, rects, lse, do, delta, dv, dxk
     tile = tiles + tl.program_id(0)*7
     first, end, n = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     q0, k0, e, stop = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6)
-    j, i, d = tl.arange(0, 2*C), tl.arange(0, C), tl.arange(0, BD)                    # j keys, i queries
+    j, i, d = tl.arange(0, 2*C), tl.arange(0, BM), tl.arange(0, BD)                   # j keys, i queries
     live, upper = first + j < end, j >= C
     gbase, row = (b*T*HQ + hq)*D, bhq*T
     qbase, kbase = bhq*q_slots*C*BD, bhq*k_slots*C*BD                                 # of the gradients: one a query head
     xbase = (b*H + h)*k_slots*C*BD
     vv = _tile(v, (b*T*H + h)*D + first.to(tl.int64)*H*D, j, d, live, H*D, D)
-    # own leaf: key j of the tile is column j%C of the logits of leaf n + j//C
-    home = j//C*C
-    t = first + home[:, None] + i[None, :]
-    s = tl.load(logits + (bhq*N + n)*C*C + home[:, None]*C + i[None, :]*C + (j - home)[:, None], mask=live[:, None] & (t < end), other=0.)
-    s = tl.exp2(s - tl.load(lse + row + t, mask=live[:, None] & (t < end), other=float('inf')))
-    g0 = _tile(do, gbase + first.to(tl.int64)*HQ*D, i, d, first + i < end, HQ*D, D)
-    dvv = _dot(tl.where(upper[:, None], 0., s).to(g0.dtype), g0, PREC)
-    dck = tl.zeros((2*C,), tl.float32)
-    if q0 >= 0:
-        there = first + C + i < end
-        g1 = _tile(do, gbase + (first + C).to(tl.int64)*HQ*D, i, d, there, HQ*D, D)
-        dvv += _dot(tl.where(upper[:, None], s, 0.).to(g1.dtype), g1, PREC)
+    dvv, dck = tl.zeros((2*C, BD), tl.float32), tl.zeros((2*C,), tl.float32)
+    home = j//C*C                                                                     # key j is column j%C of the logits of leaf n + j//C
+    for at in range(0, C, BM):                                                        # own leaf
+        t = first + home[:, None] + at + i[None, :]
+        there = live[:, None] & (t < end)
+        x = tl.load(logits + (bhq*N + n)*C*C + home[:, None]*C + (at + i)[None, :]*C + (j - home)[:, None], mask=there, other=0.)
+        x = tl.exp2(x - tl.load(lse + row + t, mask=there, other=float('inf')))
+        gg = _tile(do, gbase + (first + at).to(tl.int64)*HQ*D, i, d, first + at + i < end, HQ*D, D)
+        dvv = tl.dot(tl.where(upper[:, None], 0., x).to(gg.dtype), gg, dvv, input_precision=PREC)
+        gg = _tile(do, gbase + (first + C + at).to(tl.int64)*HQ*D, i, d, first + C + at + i < end, HQ*D, D)
+        dvv = tl.dot(tl.where(upper[:, None], x, 0.).to(gg.dtype), gg, dvv, input_precision=PREC)
+    if q0 >= 0:                                                                       # level 0
         kk = _tile(xk, xbase + k0.to(tl.int64)*BD, j, d, j < C, BD, BD)
-        qq = tl.load(_square(xq, qbase + q0.to(tl.int64)*BD, i, d, BD))
-        s = _dot(kk, tl.trans(qq), PREC)*scale
-        if GATE:
-            ref = first + C - 1
-            s += (_decay(c, row, plane, first + C + i, ref, there)[None, :] - _decay(c, row, plane, first + j, ref, j < C)[:, None])*gscale
-        s = tl.exp2(s - tl.load(lse + row + first + C + i, mask=there, other=float('inf'))[None, :])
-        s = tl.where(upper[:, None], 0., s)
-        dvv += _dot(s.to(g1.dtype), g1, PREC)
-        s *= _dot(vv, tl.trans(g1), PREC) - tl.load(delta + row + first + C + i, mask=there, other=0.)[None, :]
-        dck += tl.sum(s, 1)
-        _put(dxk, kbase + k0.to(tl.int64)*BD, j, d, j < C, _dot(s.to(qq.dtype), qq, PREC), BD, BD)
-    ii = tl.arange(0, BM)
+        if GATE: kc = _decay(c, row, plane, first + j, first + C - 1, j < C)*gscale
+        dk = tl.zeros((2*C, BD), tl.float32)
+        for at in range(0, C, BM):
+            t = first + C + at + i
+            there = t < end
+            qq = tl.load(_square(xq, qbase + (q0 + at).to(tl.int64)*BD, i, d, BD))
+            gg = _tile(do, gbase + (first + C + at).to(tl.int64)*HQ*D, i, d, there, HQ*D, D)
+            x = _dot(kk, tl.trans(qq), PREC)*scale
+            if GATE: x += _decay(c, row, plane, t, first + C - 1, there)[None, :]*gscale - kc[:, None]
+            x = tl.where(upper[:, None], 0., tl.exp2(x - tl.load(lse + row + t, mask=there, other=float('inf'))[None, :]))
+            dvv = tl.dot(x.to(gg.dtype), gg, dvv, input_precision=PREC)
+            x *= _dot(vv, tl.trans(gg), PREC) - tl.load(delta + row + t, mask=there, other=0.)[None, :]
+            dck += tl.sum(x, 1)
+            dk = tl.dot(x.to(qq.dtype), qq, dk, input_precision=PREC)
+        _put(dxk, kbase + k0.to(tl.int64)*BD, j, d, j < C, dk, BD, BD)
     while e < stop:
         rect = rects + e*4
         krow, qrow, query, size = tl.load(rect).to(tl.int64), tl.load(rect + 1).to(tl.int64), tl.load(rect + 2).to(tl.int64), tl.load(rect + 3)
@@ -442,14 +453,14 @@ def _key_grad_kernel(xq, xk, v, logits, c, tiles, rects, lse, do, delta, dv, dxk
         if GATE: kc = _decay(c, row, plane, first + j, query - 1, j >= 0)*gscale
         dk = tl.zeros((2*C, BD), tl.float32)
         for at in range(0, size, BM):
-            there = at + ii < size
-            qq = tl.load(_square(xq, qbase + (qrow + at)*BD, ii, d, BD))
-            gg = _tile(do, gbase + (query + at)*HQ*D, ii, d, there, HQ*D, D)
+            there = at + i < size
+            qq = tl.load(_square(xq, qbase + (qrow + at)*BD, i, d, BD))
+            gg = _tile(do, gbase + (query + at)*HQ*D, i, d, there, HQ*D, D)
             x = _dot(kk, tl.trans(qq), PREC)*scale
-            if GATE: x += _decay(c, row, plane, query + at + ii, query - 1, there)[None, :]*gscale - kc[:, None]
-            x = tl.exp2(x - tl.load(lse + row + query + at + ii, mask=there, other=float('inf'))[None, :])
+            if GATE: x += _decay(c, row, plane, query + at + i, query - 1, there)[None, :]*gscale - kc[:, None]
+            x = tl.exp2(x - tl.load(lse + row + query + at + i, mask=there, other=float('inf'))[None, :])
             dvv = tl.dot(x.to(gg.dtype), gg, dvv, input_precision=PREC)
-            x *= _dot(vv, tl.trans(gg), PREC) - tl.load(delta + row + query + at + ii, mask=there, other=0.)[None, :]
+            x *= _dot(vv, tl.trans(gg), PREC) - tl.load(delta + row + query + at + i, mask=there, other=0.)[None, :]
             if GATE: dck += tl.sum(x, 1)
             dk = tl.dot(x.to(qq.dtype), qq, dk, input_precision=PREC)
         _put(dxk, kbase + krow*BD, j, d, j >= 0, dk, BD, BD)
@@ -620,7 +631,7 @@ def config(dtype: torch.dtype, # of q, k, v
           ) -> Config: # what fits registers and shared memory
     "Chosen by compiling ahead of time for sm_80, 90 and 100, so that nothing spills in the forward pass."
     if dtype == torch.float32: return Config((32, 8, 1), (32, 8, 1), (32, 8, 1), 8, 'tf32x3')
-    if BD <= 64: return Config((64, 4, 3), (64, 8, 2), (64, 8, 2), 4, 'tf32')
+    if BD <= 64: return Config((64, 4 if sm >= 90 else 8, 3), (64, 8, 2), (64, 8, 2), 4 if sm >= 90 else 8, 'tf32')
     return Config((64 if sm >= 90 else 32, 8, 2), (32, 8, 2), (32, 8, 2), 8, 'tf32')
 
 def _capability(x: torch.Tensor) -> int:
@@ -674,7 +685,7 @@ class _PathAttention(torch.autograd.Function):
         logits, xq, xk, *_ = run.climb(w, beta, c)
         o, lse, s = torch.empty_like(q), run.new(run.B, run.HQ, run.T), run.s
         n, warps, stages = run.cfg.forward
-        args, kw = run.rects((min(n, 2*chunk), warps, stages), 'BN', c)
+        args, kw = run.rects((min(n, chunk), warps, stages), 'BN', c)
         _forward_kernel[len(s.q_tiles), run.B*run.HQ](xq, xk, v, logits, c, s.q_tiles, s.q_rects, o, lse, *args, **kw)
         ctx.save_for_backward(q, k, v, w, beta, gate, o, lse)
         ctx.how = scale, scale_gate, lengths, chunk
@@ -692,7 +703,7 @@ class _PathAttention(torch.autograd.Function):
         dlogits, dxq, dxk = torch.empty_like(logits), run.tiles(HQ, max(s.q_slots, 1)), run.tiles(HQ, max(s.k_slots, 1))
         dv = run.new(B, T, HQ, run.D, dtype=v.dtype if H == HQ else torch.float32)
         n, warps, stages = cfg.queries
-        args, kw = run.rects((min(n, 2*C), warps, stages), 'BN', c)
+        args, kw = run.rects((min(n, C), warps, stages), 'BN', c)
         _query_grad_kernel[len(s.q_tiles), B*HQ](xq, xk, v, logits, c, s.q_tiles, s.q_rects, o, lse, do, delta, dlogits, dxq, dc, *args, **kw)
         n, warps, stages = cfg.keys
         args, kw = run.rects((min(n, C), warps, stages), 'BM', c)

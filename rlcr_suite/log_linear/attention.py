@@ -202,7 +202,7 @@ def _look_back(u: _Work, outer: list[torch.Tensor]) -> None:
         if not m & 1: break
         m >>= 1
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #3cd1f2a0
+# %% ../../nbs/03_log_linear/04_attention.ipynb #cd490223
 class _GradWork(_Work):
     "Buffers for the gradients of a group"
     def __init__(self, like: torch.Tensor, R: int, n: int, C: int, K: int, V: int, L: int):
@@ -225,7 +225,7 @@ class _GradWork(_Work):
         if add: dZ.baddbmm_(q.mT, do)
         else: dZ.copy_(torch.bmm(q.mT, do, out=self.flat[do.numel():do.numel() + dZ.numel()].view(dZ.shape)))
 
-    def down(self, root: torch.Tensor | None, dtotal: torch.Tensor) -> None:
+    def down(self, root: torch.Tensor | None, dnode: list[torch.Tensor]) -> None:
         "Gradients of the group's nodes, from its root (None: nothing reads it) and from what its levels read"
         if not self.levels: self.dZ[0].copy_(root) if root is not None else self.dZ[0].zero_()
         for j in reversed(range(len(self.levels))):
@@ -233,24 +233,21 @@ class _GradWork(_Work):
             if self.Z[j].shape[1] % 2: dZ[:, -1] = 0 if root is None else root[:, -1]
             dZ[:, 1:2*n:2] = 0 if root is None else root[:, :n]
             for part in self.reads[j]: self.read_grad(*part)
-            if root is not None: self.hand_down(j, n, root, dtotal)
+            if root is not None: self.hand_down(j, n, root, dnode[j])
             root = dZ
 
-    def hand_down(self, j: int, n: int, above: torch.Tensor, dtotal: torch.Tensor) -> None:
+    def hand_down(self, j: int, n: int, above: torch.Tensor, dnode: torch.Tensor) -> None:
         "What parents give to their left-hand nodes, and to the decays of their right-hand ones"
         at, left = slice(self.first >> j + 1, (self.first >> j + 1) + n), slice(0, 2*n, 2)
-        decay, (first, end) = self.d.node[j][self.rows, at], (x[at] for x in self.d.right[j])
-        dD = (decay[..., 0, 0] * torch.mul(self.Z[j][:, left], above[:, :n], out=self.room(self.R, n, *above.shape[2:])).sum((-2, -1))).double()
-        dtotal[self.rows].index_add_(1, end, dD).index_add_(1, first, -dD)
-        self.dZ[j][:, left].addcmul_(above[:, :n], decay)
+        torch.sum(torch.mul(self.Z[j][:, left], above[:, :n], out=self.room(self.R, n, *above.shape[2:])), (-2, -1), out=dnode[self.rows, at])
+        self.dZ[j][:, left].addcmul_(above[:, :n], self.d.node[j][self.rows, at])
 
 def _backward(q, k, v, g, lam, Z, outer, do, dq, dk, dv, dlam, C: int) -> torch.Tensor:
     "Fill dq, dk, dv and dlam. Returns dg (R, T)"
     (R, T, K), V, d, works = q.shape, v.shape[-1], _Decays(g, C), {}
     N, J, lam = d.a.shape[1], len(d.way), _reached(lam, d, C)
     dlam[..., lam.shape[-1]:] = 0                              # levels that no position reaches
-    douter, columns, down = [torch.zeros_like(x) for x in outer], q.new_empty(d.a.shape), d.total.new_empty(R, N)
-    dtotal, dways = torch.zeros_like(d.total), d.total.new_empty(J, R, N)
+    douter, dnode, columns = [torch.zeros_like(x) for x in outer], [x.new_zeros(x.shape[:2]) for x in d.node], q.new_empty(d.a.shape)
     dlam, hot = dlam[..., :lam.shape[-1]], _one_hot(C, q.dtype, q.device)[:, :lam.shape[-1]]
     parts, places = [_split(x, C) for x in (q, k, v, lam, do)], [_places(x, C) for x in (dq, dk, dv, dlam)]
     for i, ((rows, first, n), qb, kb, vb, lb, dob) in reversed(list(enumerate(zip(_groups(R, N), *parts)))):
@@ -268,7 +265,7 @@ def _backward(q, k, v, g, lam, Z, outer, do, dq, dk, dv, dlam, C: int) -> torch.
         if decay is None: torch.bmm(dS, u.k, out=u.dqb)
         else: u.dqb.zero_()
         u.dway.zero_()
-        u.down(_looked_back(u, outer, douter, dtotal) if outer else None, dtotal)
+        u.down(_looked_back(u, outer, douter, dnode) if outer else None, dnode)
         torch.bmm(S.mT, u.dob, out=u.dv).baddbmm_(u.k, u.dZb)
         torch.bmm(vb, u.dZb.mT, out=u.dk)
         if decay is None: u.dk.baddbmm_(dS.mT, u.qb)
@@ -279,19 +276,26 @@ def _backward(q, k, v, g, lam, Z, outer, do, dq, dk, dv, dlam, C: int) -> torch.
             u.dqb.baddbmm_(dS, kb)
             u.dk.baddbmm_(dS.mT, qb)
         columns[rows, u.blocks] = torch.mul(vb, u.dv, out=u.room(*vb.shape)).sum(-1).view(u.R, n, C)
-        down[rows, u.blocks] = torch.mul(u.Z[0], u.dZ[0], out=u.room(*u.Z[0].shape)).sum((-2, -1)).to(down)
-        if J:
-            dways[:, rows, u.blocks] = torch.mul(u.dwayb, u.w, out=u.room(*u.w.shape)).sum(-1, dtype=torch.float64)
-            torch.mul(u.dwayb, d.way[:, rows, u.blocks], out=u.room(*u.w.shape))
-            u.dfar.copy_(u.room(*u.w.shape))
+        if J: torch.mul(u.dwayb, d.way[:, rows, u.blocks], out=u.dfar)
         for place, x in zip(places, (u.dqb, u.dk, u.dv, u.dlam_)): _put(place, i, x)
-    dtotal[:, :N] += dways.sum(0)
-    for j, start in enumerate(_starts(N, q.device)): dtotal.index_add_(1, start, -dways[j])
-    da = _whole((lam * dlam).sum(-1), N*C).unflatten(1, (N, C)) - columns
-    own = dtotal.flip(1).cumsum(1).flip(1)[:, 1:] + down                                # of each block's own decay
-    return (da.flip(2).cumsum(2).flip(2) + own.to(da)[..., None]).flatten(1)[:, :T]
+    return _decay_grad(_whole(lam * dlam, N*C).unflatten(1, (N, C)).double(), columns.double(), dnode, d, C)[:, :T].to(g)
 
-def _looked_back(u: _GradWork, outer, douter, dtotal) -> torch.Tensor | None:
+def _decay_grad(rows: torch.Tensor, columns: torch.Tensor, dnode: list[torch.Tensor], d: _Decays, C: int) -> torch.Tensor:
+    "dg (R, N*C) from lam*dlam (R, N, C, L), the column sums (R, N, C) and <Z, dZ> of the nodes (@eq-euler)"
+    N, c = rows.shape[1], C.bit_length()
+    near, far = rows[..., :c].sum((2, 3)), rows[..., c:].sum(2)                         # of each block: read in it, and at each level outside
+    dtotal = torch.zeros_like(d.total)                                                  # of the decays before each block
+    dtotal[:, :N] += far.sum(-1)
+    for j, start in enumerate(_starts(N, rows.device)):
+        dtotal.index_add_(1, start, -far[..., j])
+        first, end = d.right[j]
+        dD = (dnode[j] * d.node[j][..., 0, 0]).double()
+        dtotal.index_add_(1, end, dD).index_add_(1, first, -dD)
+    own = dtotal.flip(1).cumsum(1).flip(1)[:, 1:] + columns.sum(2) - near               # of each block's own: what it writes for others decays too
+    da = rows.sum(-1) - columns
+    return (da.flip(2).cumsum(2).flip(2) + own[..., None]).flatten(1)
+
+def _looked_back(u: _GradWork, outer, douter, dnode) -> torch.Tensor | None:
     "Gradients of what a group read of whole groups; returns the gradient of its own root, which by now is complete"
     r, m, inner = u.rows.start, u.first // GROUP, GROUP.bit_length() - 1
     for b in _bits(m):
@@ -305,11 +309,8 @@ def _looked_back(u: _GradWork, outer, douter, dtotal) -> torch.Tensor | None:
         mine = douter[b][r, i]
         if above is not None:
             pair = i // 2
-            if m + 1 == i + 1 << b:                            # from here on its parent's gradient is complete
-                dD = (u.d.node[j][r, pair, 0, 0] * (outer[b][r, i] * above).sum()).double()
-                first, end = (int(x[pair]) for x in u.d.right[j])
-                dtotal[r, end] += dD
-                dtotal[r, first] -= dD
+            if m + 1 == i + 1 << b:                            # once: from here on its parent's gradient is complete
+                dnode[j][r, pair] = (outer[b][r, i] * above).sum()
             mine = torch.addcmul(mine, above, u.d.node[j][r, pair])
         above = mine
     return None if above is None else above[None, None]

@@ -536,7 +536,8 @@ def _query_prepare_grad_kernel(q, k, w, u, y, leaf, dlogits, dqt, dq, du, dy, dk
     b, hq = bhq // HQ, bhq % HQ
     h = hq // (HQ // H)
     first, end = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1)
-    i, d, m, mk = tl.arange(0, C), tl.arange(0, BD), bhq*N + n, (b*H + h)*N + n
+    S: tl.constexpr = 32 if BD > 32 else BD                                      # columns at a time, to save registers
+    i, e, m, mk = tl.arange(0, C), tl.arange(0, S), bhq*N + n, (b*H + h)*N + n
     live, at, atq = first + i < end, ((b*T + first)*H + h)*D, ((b*T + first)*HQ + hq)*D
     causal = i[:, None] >= i[None, :]
     da = tl.load(_square(dlogits, m*C*C, i, i, C))
@@ -544,17 +545,23 @@ def _query_prepare_grad_kernel(q, k, w, u, y, leaf, dlogits, dqt, dq, du, dy, dk
         ptr = dc + bhq*T + first + i
         tl.store(ptr, tl.load(ptr, mask=live, other=0.) - tl.sum(da, 0), mask=live)
     da *= scale
-    dt = tl.load(_square(dqt, m*C*BD, i, d, BD))
-    ds = _dot(da, tl.trans(tl.load(_square(u, mk*C*C, i, i, C))), PREC) + _dot(dt, tl.trans(tl.load(_square(y, mk*C*BD, i, d, BD))), PREC)
-    ds = tl.where(causal, -ds, 0.)
-    wt = _tile(w, at, i, d, live, H*D, D).to(tl.float32)
-    _put(dq, atq, i, d, live, dt + _dot(da, _tile(k, at, i, d, live, H*D, D).to(tl.float32), PREC) + _dot(ds, wt, PREC), HQ*D, D)
-    qq = _tile(q, atq, i, d, live, HQ*D, D).to(tl.float32)
-    tl.store(_square(dk, m*C*BD, i, d, BD), _dot(tl.trans(da), qq, PREC))
-    tl.store(_square(dw, m*C*BD, i, d, BD), _dot(tl.trans(ds), qq, PREC))
-    s = tl.where(causal, _dot(qq, tl.trans(wt), PREC), 0.)
+    s, ds = tl.zeros((C, C), tl.float32), _dot(da, tl.trans(tl.load(_square(u, mk*C*C, i, i, C))), PREC)
+    for col in range(0, BD, S):
+        x = _tile(q, atq, i, col + e, live, HQ*D, D).to(tl.float32)
+        s += _dot(x, tl.trans(_tile(w, at, i, col + e, live, H*D, D).to(tl.float32)), PREC)
+        x = tl.load(_square(dqt, m*C*BD, i, col + e, BD))
+        ds += _dot(x, tl.trans(tl.load(_square(y, mk*C*BD, i, col + e, BD))), PREC)
+    s, ds = tl.where(causal, s, 0.), tl.where(causal, -ds, 0.)
     tl.store(_square(du, m*C*C, i, i, C), -_dot(tl.trans(s), da, PREC))
-    tl.store(_square(dy, m*C*BD, i, d, BD), -_dot(tl.trans(s), dt, PREC))
+    for col in range(0, BD, S):
+        dt = tl.load(_square(dqt, m*C*BD, i, col + e, BD))
+        tl.store(_square(dy, m*C*BD, i, col + e, BD), -_dot(tl.trans(s), dt, PREC))
+        dt += _dot(da, _tile(k, at, i, col + e, live, H*D, D).to(tl.float32), PREC)
+        dt += _dot(ds, _tile(w, at, i, col + e, live, H*D, D).to(tl.float32), PREC)
+        _put(dq, atq, i, col + e, live, dt, HQ*D, D)
+        x = _tile(q, atq, i, col + e, live, HQ*D, D).to(tl.float32)
+        tl.store(_square(dk, m*C*BD, i, col + e, BD), _dot(tl.trans(da), x, PREC))
+        tl.store(_square(dw, m*C*BD, i, col + e, BD), _dot(tl.trans(ds), x, PREC))
 
 @triton.jit
 def _node_leaf_grad_kernel(w, y, leaf, dy, dw, dp, T, N, nodes, HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -580,40 +587,61 @@ def _node_leaf_grad_kernel(w, y, leaf, dy, dw, dp, T, N, nodes, HQ: tl.constexpr
     tl.store(at, sum)
 
 @triton.jit
-def _key_prepare_grad_kernel(k, w, beta, leaf, inv, u, du, dy, dk_part, dw_part, dkt, dk, dw, dbeta, T, N,
-                             HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
-    "A leaf of one key head: through U = T S, S = stril(W K'), Y = T W, K~ = K - U'W and the UT transform to k, w and beta"
+def _inverse_grad_kernel(k, w, beta, leaf, inv, du, dy, dkt, sym, dbeta, T, N, HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+                         BD: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
+    """A leaf of one key head: through U = T S, S = stril(W K'), and Y = T W to beta and the Gram matrix. The gradient of S goes to the
+    place of the first query head's `du`, that of the Gram matrix, made symmetric, to `sym`."""
     n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h, R = bh // H, bh % H, HQ // H
     first, end = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1)
-    i, d, m, mk = tl.arange(0, C), tl.arange(0, BD), (b*HQ + h*R)*N + n, bh*N + n
+    S: tl.constexpr = 32 if BD > 32 else BD                                      # columns at a time, to save registers
+    i, e, m, mk = tl.arange(0, C), tl.arange(0, S), (b*HQ + h*R)*N + n, bh*N + n
     live, at = first + i < end, ((b*T + first)*H + h)*D
     below = i[:, None] > i[None, :]
+    uu = tl.load(_square(du, m*C*C, i, i, C))
+    for r in range(1, R): uu += tl.load(_square(du, (m + r*N)*C*C, i, i, C))
+    s, dt = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    for col in range(0, BD, S):
+        x = _tile(w, at, i, col + e, live, H*D, D).to(tl.float32)
+        s += _dot(x, tl.trans(_tile(k, at, i, col + e, live, H*D, D).to(tl.float32)), PREC)
+        uu -= _dot(x, tl.trans(tl.load(_square(dkt, mk*C*BD, i, col + e, BD))), PREC)
+        dt += _dot(tl.load(_square(dy, m*C*BD, i, col + e, BD)), tl.trans(x), PREC)
+    dt += _dot(uu, tl.trans(tl.where(below, s, 0.)), PREC)
+    bt = tl.load(beta + (b*T + first + i)*H + h, mask=live, other=0.).to(tl.float32)
+    inverse = tl.load(_square(inv, mk*C*C, i, i, C))
+    t = tl.trans(inverse*bt[None, :])
+    tl.store(_square(du, m*C*C, i, i, C), tl.where(below, _dot(t, uu, PREC), 0.))
+    # T = X diag(beta), X = (I + M)^-1, M = stril(diag(beta) W W'): dX = dT diag(beta), dM = -stril(X' dX X') = -stril(X' dT T')
+    db = tl.sum(inverse*dt, 0)
+    dm = tl.where(below, -_dot(_dot(tl.trans(inverse), dt, PREC), t, PREC), 0.)
+    gram = tl.zeros((C, C), tl.float32)
+    for col in range(0, BD, S):
+        x = _tile(w, at, i, col + e, live, H*D, D).to(tl.float32)
+        gram += _dot(x, tl.trans(x), PREC)
+    tl.store(dbeta + (b*T + first + i)*H + h, db + tl.sum(dm*gram, 1), mask=live)
+    dm *= bt[:, None]
+    tl.store(_square(sym, m*C*C, i, i, C), dm + tl.trans(dm))
+
+@triton.jit
+def _key_prepare_grad_kernel(k, w, beta, leaf, inv, u, ds, sym, dy, dk_part, dw_part, dkt, dk, dw, T, N, HQ: tl.constexpr, H: tl.constexpr,
+                             D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
+    "BN columns of a leaf of one key head: dk and dw from K~ = K - U'W, S = stril(W K'), Y = T W and the Gram matrix"
+    n, col, bh = tl.program_id(0), tl.program_id(1)*BN + tl.arange(0, BN), tl.program_id(2).to(tl.int64)
+    b, h, R = bh // H, bh % H, HQ // H
+    first, end = tl.load(leaf + n*3), tl.load(leaf + n*3 + 1)
+    i, m, mk = tl.arange(0, C), (b*HQ + h*R)*N + n, bh*N + n
+    live, at = first + i < end, ((b*T + first)*H + h)*D
+    wt, kk = _tile(w, at, i, col, live, H*D, D).to(tl.float32), _tile(k, at, i, col, live, H*D, D).to(tl.float32)
+    dss, dkk = tl.load(_square(ds, m*C*C, i, i, C)), tl.load(_square(dkt, mk*C*BD, i, col, BD))
+    dww = tl.load(_square(dw_part, m*C*BD, i, col, BD)) - _dot(tl.load(_square(u, mk*C*C, i, i, C)), dkk, PREC)
+    dww += _dot(tl.load(_square(sym, m*C*C, i, i, C)), wt, PREC) + _dot(dss, kk, PREC)
     bt = tl.load(beta + (b*T + first + i)*H + h, mask=live, other=0.).to(tl.float32)
     t = tl.load(_square(inv, mk*C*C, i, i, C))*bt[None, :]
-    wt = _tile(w, at, i, d, live, H*D, D).to(tl.float32)
-    duu = tl.load(_square(du, m*C*C, i, i, C))
-    for r in range(1, R): duu += tl.load(_square(du, (m + r*N)*C*C, i, i, C))
-    duu -= _dot(wt, tl.trans(tl.load(_square(dkt, mk*C*BD, i, d, BD))), PREC)
-    ds = tl.where(below, _dot(tl.trans(t), duu, PREC), 0.)
-    # keys
-    sum = tl.load(_square(dkt, mk*C*BD, i, d, BD)) + _dot(tl.trans(ds), wt, PREC)
-    for r in range(R): sum += tl.load(_square(dk_part, (m + r*N)*C*BD, i, d, BD))
-    _put(dk, at, i, d, live, sum, H*D, D)
-    # T = X diag(beta), X = (I + M)^-1, M = stril(diag(beta) W W'): dX = dT diag(beta), dM = -stril(X' dX X') = -stril(X' dT T')
-    kk = _tile(k, at, i, d, live, H*D, D).to(tl.float32)
-    dt = _dot(duu, tl.trans(tl.where(below, _dot(wt, tl.trans(kk), PREC), 0.)), PREC)
-    dt += _dot(tl.load(_square(dy, m*C*BD, i, d, BD)), tl.trans(wt), PREC)
-    x = tl.load(_square(inv, mk*C*C, i, i, C))
-    dm = tl.where(below, -_dot(_dot(tl.trans(x), dt, PREC), tl.trans(t), PREC), 0.)
-    db = tl.sum(x*dt, 0) + tl.sum(dm*_dot(wt, tl.trans(wt), PREC), 1)
-    tl.store(dbeta + (b*T + first + i)*H + h, db, mask=live)
-    # directions
-    dm *= bt[:, None]
-    sum = tl.load(_square(dw_part, m*C*BD, i, d, BD)) + _dot(dm + tl.trans(dm), wt, PREC) + _dot(ds, kk, PREC)
-    sum += _dot(tl.trans(t), tl.load(_square(dy, m*C*BD, i, d, BD)), PREC)
-    sum -= _dot(tl.load(_square(u, mk*C*C, i, i, C)), tl.load(_square(dkt, mk*C*BD, i, d, BD)), PREC)
-    _put(dw, at, i, d, live, sum, H*D, D)
+    dww += _dot(tl.trans(t), tl.load(_square(dy, m*C*BD, i, col, BD)), PREC)
+    _put(dw, at, i, col, live, dww, H*D, D)
+    dkk += _dot(tl.trans(dss), wt, PREC)
+    for r in range(R): dkk += tl.load(_square(dk_part, (m + r*N)*C*BD, i, col, BD))
+    _put(dk, at, i, col, live, dkk, H*D, D)
 
 # ------------------------------------------------------------------------------------------------------------- launching
 
@@ -725,7 +753,9 @@ class _PathAttention(torch.autograd.Function):
         _query_prepare_grad_kernel[s.leaves, B*HQ](q, k, w, u, y, s.leaf, dlogits, dqt, dq, du, dy, dk_part, dw_part, dc, T, s.leaves,
                                                    run.scale, GATE=run.gate, **back)
         _node_leaf_grad_kernel[s.leaves, B*H](w, y, s.leaf, dy, dw_part, dp, T, s.leaves, s.nodes, **back)
-        _key_prepare_grad_kernel[s.leaves, B*H](k, w, beta, s.leaf, inv, u, du, dy, dk_part, dw_part, dkt, dk, dw, dbeta, T, s.leaves, **back)
+        _inverse_grad_kernel[s.leaves, B*H](k, w, beta, s.leaf, inv, du, dy, dkt, dlogits, dbeta, T, s.leaves, **back | dict(num_warps=8))
+        _key_prepare_grad_kernel[s.leaves, triton.cdiv(run.BD, 32), B*H](k, w, beta, s.leaf, inv, u, du, dlogits, dy, dk_part, dw_part, dkt, dk, dw, T, s.leaves,
+                                                      BN=min(32, run.BD), **back)
         if H != HQ: dv = dv.view(B, T, H, HQ//H, run.D).sum(3).to(v.dtype)
         dgate = _running_grad(dc - dck, run.coef, ctx.how[2]).to(gate.dtype) if run.gate else None
         return dq, dk, dv, dw, dbeta, dgate, None, None, None, None
@@ -922,8 +952,9 @@ def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16',
              ) -> list: # of `aot.Case`: every kernel as it is launched, with 32 query and 8 key heads
     "What `rlcr_suite.kernels.aot` compiles"
     from .aot import Case
-    kernels = (_prepare_kernel, _leaf_node_kernel, _query_prepare_kernel, _compose_kernel, _transport_kernel, _forward_kernel, _query_grad_kernel, _key_grad_kernel, _transport_grad_kernel,
-               _node_grad_kernel, _split_kernel, _query_prepare_grad_kernel, _node_leaf_grad_kernel, _key_prepare_grad_kernel, _decode_kernel, _merge_kernel)
+    kernels = (_prepare_kernel, _leaf_node_kernel, _query_prepare_kernel, _compose_kernel, _transport_kernel, _forward_kernel,
+               _query_grad_kernel, _key_grad_kernel, _transport_grad_kernel, _node_grad_kernel, _split_kernel, _query_prepare_grad_kernel,
+               _node_leaf_grad_kernel, _inverse_grad_kernel, _key_prepare_grad_kernel, _decode_kernel, _merge_kernel)
     types = dict.fromkeys(('leaf', 'joins', 'ptr', 'steps', 'tiles', 'rects', 'sources', 'bounds'), '*i32') | dict(seen='*u8')
     types |= dict.fromkeys(('scale', 'gscale'), 'fp32')
     types |= dict.fromkeys(('T', 'N', 'S', 'B', 'W', 'P', 'nodes', 'slots', 'q_slots', 'k_slots', 'plane', 'splits'), 'i32')
@@ -936,7 +967,8 @@ def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16',
             BD = max(16, triton.next_power_of_2(D))
             cfg = config(dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[dtype], BD, sm)
             const = dict(HQ=32, H=8, D=D, BD=BD, C=CHUNK, SAVE=True, KEYS=True, DV=D, BV=BD, BR=16, BS=64, PREC=cfg.prec)
-            how = {'forward': (cfg.forward, 'BN'), 'query_grad': (cfg.queries, 'BN'), 'key_grad': (cfg.keys, 'BM'), 'decode': ((64 if BD <= 64 else 32, 4, 2), 'BN'), 'merge': ((64, 4, 3), 'BN')}
+            how = {'forward': (cfg.forward, 'BN'), 'query_grad': (cfg.queries, 'BN'), 'key_grad': (cfg.keys, 'BM'), 'decode': ((64 if BD <= 64 else 32, 4, 2), 'BN'), 'merge': ((64, 4, 3), 'BN'),
+                   'inverse_grad': ((64, 8, 1), 'BN'), 'key_prepare_grad': ((min(32, BD), cfg.warps, 1), 'BN')}
             for kernel in kernels:
                 name = kernel.__name__.strip('_').removesuffix('_kernel')
                 (block, warps, stages), letter = how.get(name, ((min(64, BD), cfg.warps, 1), 'BN'))

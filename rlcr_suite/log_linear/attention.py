@@ -83,7 +83,7 @@ def _right_nodes(N: int, j: int, device: torch.device) -> tuple[torch.Tensor, to
     first = torch.arange(1 << j, N, 2 << j, device=device)
     return first, (first + (1 << j)).clamp(max=N)
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #2a57d775
+# %% ../../nbs/03_log_linear/04_attention.ipynb #9aa90f56
 def _batches(x: torch.Tensor) -> list:
     "Indices that cut (R, n, ...) into 3-D batches, along rows or along blocks, whichever makes fewer"
     return list(range(x.shape[0])) if x.shape[0] <= x.shape[1] else [(slice(None), i) for i in range(x.shape[1])]
@@ -159,7 +159,7 @@ def _places(x: torch.Tensor, C: int) -> list[torch.Tensor]:
     if T <= size: return list(x.split(GROUP // -(-T // C)))
     return [y if y.shape[1] < size else y[0].unflatten(0, (GROUP, C)) for row in x.split(1) for y in row.split(size, 1)]
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #cc916759
+# %% ../../nbs/03_log_linear/04_attention.ipynb #7e59a004
 def _bits(m: int) -> list[int]: return [b for b in range(m.bit_length()) if m >> b & 1]
 
 def _forward(q, k, v, g, lam, o, C: int, keep: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
@@ -202,7 +202,7 @@ def _look_back(u: _Work, outer: list[torch.Tensor]) -> None:
         if not m & 1: break
         m >>= 1
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #cd490223
+# %% ../../nbs/03_log_linear/04_attention.ipynb #3b0d4464
 class _GradWork(_Work):
     "Buffers for the gradients of a group"
     def __init__(self, like: torch.Tensor, R: int, n: int, C: int, K: int, V: int, L: int):

@@ -48,22 +48,24 @@ def test_earlier(x, back):
 
 
 @some
-@given(st.integers(1, 6), st.integers(0, 9), st.integers(0, 5), st.integers(1, 4), seeds)
-def test_mqar(pairs, more, spare, noise, seed):
-    T, keys = 4*pairs + more, pairs + spare
-    t = mqar(4, T=T, pairs=pairs, keys=keys, values=3, noise=noise, seed=seed)
+@given(st.integers(1, 6), st.one_of(st.none(), st.integers(1, 15)), st.booleans(), st.integers(0, 9), st.integers(0, 5), st.integers(1, 4), seeds)
+def test_mqar(pairs, queries, fewer, more, spare, noise, seed):
+    n = queries or pairs
+    T, keys = 2*(pairs + n) + more, pairs + spare
+    t = mqar(4, T=T, pairs=pairs, queries=queries, fewer=fewer, keys=keys, values=3, noise=noise, seed=seed)
     assert len(t.tokens) == keys + 3 + noise
     for x, y, _ in rows(t):
-        memory = dict(zip(x[:2*pairs:2], x[1:2*pairs:2]))
-        assert len(memory) == pairs and all(k < keys for k in memory) and all(keys <= v < keys + 3 for v in memory.values())
+        memory = {k: v for k, v in zip(x[:2*pairs:2], x[1:2*pairs:2]) if k < keys}
+        assert (1 <= len(memory) <= pairs if fewer else len(memory) == pairs) and all(x[i] >= keys + 3 for i in range(2*len(memory), 2*pairs)) and all(k < keys for k in memory) and all(keys <= v < keys + 3 for v in memory.values())
         asked = [i for i in range(T) if y[i] != -100]
-        assert sorted(x[i - 1] for i in asked) == sorted(memory) # each key once
+        times = Counter(x[i - 1] for i in asked)
+        assert len(asked) == n and set(times) <= set(memory) and max(times.values()) - min(times[k] for k in memory) <= 1 # each key as often
         assert all(y[i] == memory[x[i - 1]] and i > 2*pairs for i in asked)
         assert all(x[i] >= keys + 3 for i in range(2*pairs, T) if i + 1 not in asked) # noise elsewhere
 
 
 def test_mqar_refuses_what_does_not_fit():
-    for wrong in (dict(T=31, pairs=8), dict(pairs=9, keys=8, T=64), dict(pairs=0), dict(values=1), dict(noise=0)):
+    for wrong in (dict(T=31, pairs=8), dict(T=64, pairs=8, queries=25), dict(queries=-1), dict(pairs=9, keys=8, T=64), dict(pairs=0), dict(values=1), dict(noise=0)):
         with pytest.raises(ValueError, match='mqar'): mqar(1, **wrong)
     mqar(1, T=32, pairs=8)
 
@@ -108,17 +110,18 @@ def test_flip_flop_refuses():
 @pytest.mark.parametrize('name, moves, tokens', [('A5', None, 60), ('S5', None, 120), ('S5', 2, 11), ('A5', 3, 21), ('S3', None, 6), ('A4', None, 12), ('Z7', None, 7)])
 def test_word_problem(name, moves, tokens):
     t, (p, _) = word_problem(30, T=40, name=name, moves=moves, seed=7), group(name)
-    used = set(t.input_ids[:, :-1].flatten().tolist())
-    assert len(used) == tokens and (t.input_ids[:, -1] == len(p)).all() and t.tokens[-1] == 'end'
+    used = set(t.input_ids[:, 1:-1].flatten().tolist())
+    assert len(used) == tokens and {t.tokens[i] for i in t.input_ids[:, 0]} == {'begin'} and {t.tokens[i] for i in t.input_ids[:, -1]} == {'end'}
     for x, y, _ in rows(t):
         at = list(range(p.shape[1])) # where each point has gone
-        for g, said in zip(x[:-1], y[1:]):
+        assert y[:2] == [-100, -100]
+        for g, said in zip(x[1:-1], y[2:]):
             at = [p[g][i] for i in at]
             assert p[said].tolist() == at
 
 
 def test_word_problem_refuses():
-    for wrong in (dict(name='A5', moves=2), dict(name='S6'), dict(name='Q8'), dict(name=''), dict(name='S'), dict(T=1), dict(name='A2')):
+    for wrong in (dict(name='A5', moves=2), dict(name='S6'), dict(name='Q8'), dict(name=''), dict(name='S'), dict(T=2), dict(name='A2')):
         with pytest.raises(ValueError): word_problem(1, **wrong)
 
 

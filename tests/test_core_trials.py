@@ -85,7 +85,7 @@ def test_a_trial_runs_as_a_process(tmp_path):
 
 def test_evidence(trials, tmp_path):
     e = collect(trials, dict(scale='test'))
-    assert set(e.scores.seed) == {0, 1} and set(e.scores.task) == {'bit', 'recall'} and e.about['scale'] == 'test' and 'versions' in e.about
+    assert set(e.scores.seed) == {0, 1} and set(e.scores.task) == {'bit', 'recall'} and e.about['scale'] == 'test' and e.about['plan'] == PLAN and 'versions' in e.about
     assert (e.curves.groupby(['seed', 'task']).step.max() == [8, 6, 8, 6]).all() and (e.curves.seconds > 0).all()
     back = read_evidence(write_evidence(e, tmp_path/'x'))
     for a, b in ((e, back),):

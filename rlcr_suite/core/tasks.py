@@ -50,10 +50,12 @@ def _need(ok:bool, what:str)->None:
 
 def _names(letter:str, n:int)->list[str]: return [f'{letter}{i}' for i in range(n)]
 
-# %% ../../nbs/00_core/10_tasks.ipynb #89421616
+# %% ../../nbs/00_core/10_tasks.ipynb #5471a566
 def mqar(n:int, # sequences
          T:int=64, # tokens in each
          pairs:int=8, # keys to remember
+         fewer:bool=False, # each sequence has from 1 to `pairs` pairs, which is easier to learn from
+         queries:int|None=None, # how many are asked for, the keys in turn; None: as many as `pairs`
          keys:int=64, # size of the alphabet of keys
          values:int=64, # size of the alphabet of values
          noise:int=16, # size of the alphabet that fills the gaps
@@ -61,17 +63,19 @@ def mqar(n:int, # sequences
          seed:int|Sequence[int]=0,
         )->Task: # asked: the value after each query
     "Multi-query associative recall (Arora et al. 2024). Raises `ValueError` where the pairs do not fit"
-    room = T//2 - pairs # places of two tokens behind the pairs
-    _need(1 <= pairs <= min(keys, room) and values > 1 and noise > 0, f'mqar: {pairs} pairs need as many keys and T >= {4*pairs}, with 2 values and 1 noise token at least; '
-          f'got T={T}, {keys} keys, {values} values, {noise} noise tokens')
+    room, queries = T//2 - pairs, queries or pairs # places of two tokens behind the pairs
+    _need(1 <= pairs <= keys and 1 <= queries <= room and values > 1 and noise > 0, f'mqar: {pairs} pairs and {queries} queries need as many keys as pairs and T >= {2*(pairs + queries)}, '
+          f'with 2 values and 1 noise token at least; got T={T}, {keys} keys, {values} values, {noise} noise tokens')
     rng = np.random.default_rng(seed)
     k = rng.random((n, keys)).argsort(1)[:, :pairs]
     v = keys + rng.integers(values, size=(n, pairs))
-    gap = ((power - 1)*np.log(np.arange(1, room + 1)) + rng.gumbel(size=(n, room))).argsort(1)[:, -pairs:]
+    gap = ((power - 1)*np.log(np.arange(1, room + 1)) + rng.gumbel(size=(n, room))).argsort(1)[:, -queries:]
     x, labels, at = keys + values + rng.integers(noise, size=(n, T)), np.full((n, T), -100), 2*(pairs + gap)
-    x[:, :2*pairs:2], x[:, 1:2*pairs:2] = k, v
-    np.put_along_axis(x, at, k, 1)
-    np.put_along_axis(labels, at + 1, v, 1)
+    m = rng.integers(1, pairs + 1, size=(n, 1)) if fewer else np.full((n, 1), pairs)
+    real, which = np.arange(pairs) < m, np.arange(queries) % m
+    x[:, :2*pairs:2], x[:, 1:2*pairs:2] = np.where(real, k, x[:, :2*pairs:2]), np.where(real, v, x[:, 1:2*pairs:2])
+    np.put_along_axis(x, at, np.take_along_axis(k, which, 1), 1)
+    np.put_along_axis(labels, at + 1, np.take_along_axis(v, which, 1), 1)
     return _task(x, labels, _names('k', keys) + _names('v', values) + _names('~', noise))
 
 # %% ../../nbs/00_core/10_tasks.ipynb #539fb27d
@@ -140,11 +144,11 @@ def group(name:str # S, A or Z (symmetric, alternating, cyclic) and a number: S5
     table = np.array([[place[tuple(g[h])] for h in p] for g in p]) if kind != 'Z' else (np.arange(m) + np.arange(m)[:, None]) % m
     return p, table
 
-# %% ../../nbs/00_core/10_tasks.ipynb #937b4c26
+# %% ../../nbs/00_core/10_tasks.ipynb #804423da
 _group = cache(group) # it is asked for at every batch
 
 def word_problem(n:int, # sequences
-                 T:int=21, # tokens in each: T-1 elements and the end
+                 T:int=22, # tokens in each: the beginning, T-2 elements and the end
                  name:str='A5', # of the group
                  moves:int|None=None, # elements that move at most so many points: 2 leaves swaps and the identity; None: all
                  seed:int|Sequence[int]=0,
@@ -152,12 +156,12 @@ def word_problem(n:int, # sequences
     "The word problem of a group (after Merrill et al. 2024). Raises `ValueError` where no element but the identity is left"
     p, table = _group(name)
     few = np.flatnonzero((p != np.arange(p.shape[1])).sum(1) <= (p.shape[1] if moves is None else moves))
-    _need(T > 1 and len(few) > 1, f'word_problem: T must be at least 2, and {name} needs an element that moves at most {moves} points; got T={T}')
+    _need(T > 2 and len(few) > 1, f'word_problem: T must be at least 3, and {name} needs an element that moves at most {moves} points; got T={T}')
     x, labels = np.full((n, T), len(p)), np.full((n, T), -100)
-    x[:, :-1] = few[np.random.default_rng(seed).integers(len(few), size=(n, T - 1))]
+    x[:, 0], x[:, 1:-1] = len(p) + 1, few[np.random.default_rng(seed).integers(len(few), size=(n, T - 2))]
     product = np.zeros(n, np.int64)
-    for t in range(1, T): labels[:, t] = product = table[x[:, t - 1], product]
-    return _task(x, labels, [''.join(map(str, q)) for q in p.tolist()] + ['end'])
+    for t in range(2, T): labels[:, t] = product = table[x[:, t - 1], product]
+    return _task(x, labels, [''.join(map(str, q)) for q in p.tolist()] + ['end', 'begin'])
 
 # %% ../../nbs/00_core/10_tasks.ipynb #4a637634
 def text(n:int, # documents

@@ -12,7 +12,7 @@ their parent by  Z = exp(D_right) P_right Z_left + Z_right,  P = P_right P_left.
 
     forward    _solve, _join (delta: a triangular inverse a chunk) -> _state (leaves) -> _merge (a launch a level) -> _output
     backward   _transport (delta: q seen from every node) -> _query_grad -> _node_grad -> _split (_merge reversed)
-               -> _value_grad -> _solve_grad (delta) -> _key_grad
+               -> _value_grad -> _leave_grad, _solve_grad (delta) -> _key_grad
 
 where every launch runs all chunks or all nodes of a level at once: nothing is serial over T. There are no atomics and every sum has
 a fixed order, so gradients repeat bit for bit. Memory is O(T), and O(T log T) in the delta form's backward. Nodes are merged in
@@ -266,7 +266,8 @@ def _query_grad_kernel(q, g, lam, do, z, p, total, seen, dseen, weights, after, 
                        DELTA: tl.constexpr, PRECISION: tl.constexpr):
     """Back through the nodes of a chunk, from the farthest. dq (T,H,K): gradient of the queries as they leave the chunk; dseen
     (entries,H,C,K): of the queries behind each node; weights (entries,H,C) = lam * decay; row_sum (T,H) = sum of weight * dweight, which
-    is what the decays before each token get; after (entries,H): its sum over the chunk and all farther nodes, what the node's own decay gets."""
+    is what the decays before each token get; after (entries,H,C): that of all farther nodes alone, what the node's own decay gets. (Its sum over
+    the chunk is left to `_node_grad`: for Blackwell, Triton 3.7 cannot compile a sum to one number behind a product.)"""
     c, h = tl.program_id(0), tl.program_id(1)
     rows, ok = _tokens(chunks, c, C)
     i = tl.arange(0, C)
@@ -278,7 +279,6 @@ def _query_grad_kernel(q, g, lam, do, z, p, total, seen, dseen, weights, after, 
     query = _tile(q, rows, ok, h//R, G, 0, K, BK)
     grad = tl.zeros([C, BK], tl.float32)
     sums = tl.zeros([C], tl.float32)
-    far = 0.
     for back in range(last - first):
         e = last - 1 - back
         slot, l = tl.load(nodes + e)*H + h, tl.load(levels + e)
@@ -297,9 +297,8 @@ def _query_grad_kernel(q, g, lam, do, z, p, total, seen, dseen, weights, after, 
         inner = tl.sum(there.to(tl.float32)*part, 1)
         tl.store(dlam + (rows*H + h)*L + l, decay*inner, mask=ok)
         tl.store(weights + (e*H + h).to(tl.int64)*C + i, weight)
-        tl.store(after + e*H + h, far)
+        tl.store(after + (e*H + h).to(tl.int64)*C + i, sums)
         sums += weight*inner
-        far += tl.sum(weight*inner, 0)
         grad += weight[:, None]*part
     _put(dq, grad, rows, ok, h, H, 0, K, BK)
     tl.store(row_sum + rows*H + h, sums, mask=ok)
@@ -329,16 +328,16 @@ def _node_grad_kernel(q, do, seen, dseen, weights, after, dz_part, dp_part, dd_p
             left = _tile(q, rows, ok, h//R, G, 0, K, BK)
             right = _weighted(do, weights, rows, ok, h, H, e, n*BN, V, C, BN).to(left.dtype)
         acc += _dot(tl.trans(left), right, input_precision=PRECISION)
-        far += tl.load(after + e)
+        far += tl.sum(tl.load(after + e.to(tl.int64)*C + tl.arange(0, C)), 0)
     if n < tiles: _put_matrix(dz_part, acc, i*H + h, 0, n*BN, K, V, BK, BN)
     elif DELTA: _put_matrix(dp_part, acc, i*H + h, 0, (n - tiles)*BN, K, K, BK, BN)
     if n == 0: tl.store(dd_part + i*H + h, far)
 
 @triton.jit
-def _split_kernel(z, p, total, dz, dp, dd, dz_part, dp_part, dd_part, splits, H, TILES, K: tl.constexpr, V: tl.constexpr,
+def _split_kernel(z, p, total, dz, dp, dd, dz_part, dp_part, dd_part, splits, H, PARTS, K: tl.constexpr, V: tl.constexpr,
                   BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr):
     """`_merge` reversed, one level down. A left node gets exp(D) P_right' dZ_parent and P_right' dP_parent, and what its readers gave;
-    a right one dZ_parent and exp(D) dZ_parent Z_left' + dP_parent P_left'. dd (nodes,H,TILES+1): parts of the decay's gradient."""
+    a right one dZ_parent and exp(D) dZ_parent Z_left' + dP_parent P_left'. dd (nodes,H,PARTS+1): parts of the decay's gradient."""
     i, h, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     node, parent, sibling = tl.load(splits + i*6), tl.load(splits + i*6 + 1), tl.load(splits + i*6 + 2)
     is_left, first, last = tl.load(splits + i*6 + 3), tl.load(splits + i*6 + 4), tl.load(splits + i*6 + 5)
@@ -356,7 +355,7 @@ def _split_kernel(z, p, total, dz, dp, dd, dz_part, dp_part, dd_part, splits, H,
                         acc += _dot(tl.trans(a), _matrix(dz, up, s, col, K, V, BM, BN), input_precision=PRECISION)
                     acc *= tl.exp(tl.load(total + other))
                     mine = _matrix(z, me, row, col, K, V, BM, BN).to(tl.float32)
-                    tl.store(dd + other.to(tl.int64)*(TILES + 1) + n, tl.sum(tl.sum(acc*mine, 1), 0))
+                    tl.store(dd + other.to(tl.int64)*(PARTS + 1) + n*BM + tl.arange(0, BM), tl.sum(acc*mine, 1)) # not further: see `_query_grad`
                 else:
                     acc = _matrix(dz, up, row, col, K, V, BM, BN)
             for s in range(first, last): acc += _matrix(dz_part, s*H + h, row, col, K, V, BM, BN)
@@ -387,13 +386,13 @@ def _split_kernel(z, p, total, dz, dp, dd, dz_part, dp_part, dd_part, splits, H,
             if is_left:
                 acc *= tl.exp(tl.load(total + other))
                 mine = tl.load(z + me.to(tl.int64)*(K*V) + at, mask=ok, other=0.).to(tl.float32)
-                tl.store(dd + other.to(tl.int64)*(TILES + 1) + n, tl.sum(acc*mine, 0))
+                tl.store(dd + other.to(tl.int64)*(PARTS + 1) + n, tl.sum(acc*mine, 0))
         for s in range(first, last): acc += tl.load(dz_part + (s*H + h).to(tl.int64)*(K*V) + at, mask=ok, other=0.)
         tl.store(dz + me.to(tl.int64)*(K*V) + at, acc, mask=ok)
     if n == 0:
         far = 0.
         for s in range(first, last): far += tl.load(dd_part + s*H + h)
-        tl.store(dd + me.to(tl.int64)*(TILES + 1) + TILES, far)
+        tl.store(dd + me.to(tl.int64)*(PARTS + 1) + PARTS, far)
 
 @triton.jit
 def _value_grad_kernel(q, k, v, g, lam, beta, inverse, do, dz, dd, row_sum, dv, dg, dlam, dhat, dattention, attention_out, chunks, leaf,
@@ -451,41 +450,53 @@ def _value_grad_kernel(q, k, v, g, lam, beta, inverse, do, dz, dd, row_sum, dv, 
     _put_matrix(dattention, grad*chosen, c*H + h, 0, 0, C, C, C, C)
 
 @triton.jit
-def _solve_grad_kernel(q, k, beta, inverse, dp, leaving, dhat, dattention, dsolve, dbeta, chunks, leaf, R, G, H, K: tl.constexpr,
-                       C: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
-    """Back through the triangular inverse of the delta form. With S = tril(Q K'), T = inverse diag(beta), A = S T, Kh = T' K, P = I - Kh' K and
-    queries that leave as Q - A K: dhat gets what P gives, dattention turns from that of A into that of S, dsolve is N's, times beta."""
+def _leave_grad_kernel(k, dp, leaving, dhat, dattention, dt, chunks, leaf, R, G, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+                       BN: tl.constexpr, PRECISION: tl.constexpr):
+    """What leaves a chunk of the delta form: Q - A K towards the past, Kh = T' K and P = I - Kh' K towards the future. dhat gets what P gives,
+    dattention what the queries give, and dt (chunks,H,C,C) is the part of T's gradient that comes by Kh."""
     c, h = tl.program_id(0), tl.program_id(1)
     rows, ok = _tokens(chunks, c, C)
-    i = tl.arange(0, C)
-    lower = i[:, None] >= i[None, :]
     node = tl.load(leaf + c)
     slot = tl.maximum(node, 0)*H + h
     key = _tile(k, rows, ok, h//R, G, 0, K, BK)
-    s, gram = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    dt = tl.zeros([C, C], tl.float32)
-    da = _matrix(dattention, c*H + h, 0, 0, C, C, C, C).to(tl.float32)
+    da, grad = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for col in range(0, K, BN):
         right = tl.trans(_tile(k, rows, ok, h//R, G, col, K, BN))
-        s += _dot(_tile(q, rows, ok, h//R, G, col, K, BN), right, input_precision=PRECISION)
-        gram += _dot(tl.trans(right), right, input_precision=PRECISION)
-        da -= _dot(_tile(leaving, rows, ok, h, H, col, K, BN), right, input_precision=PRECISION)
+        da += _dot(_tile(leaving, rows, ok, h, H, col, K, BN), right, input_precision=PRECISION)
         dtransition = _matrix(dp, slot, col, 0, K, K, BN, BK, node >= 0).to(key.dtype)
         back = _tile(dhat, rows, ok, h, H, col, K, BN).to(tl.float32)
         back = (back - _dot(key, tl.trans(dtransition), input_precision=PRECISION)).to(key.dtype)
         _put(dhat, back, rows, ok, h, H, col, K, BN)
-        dt += _dot(tl.trans(right), tl.trans(back), input_precision=PRECISION)
+        grad += _dot(tl.trans(right), tl.trans(back), input_precision=PRECISION)
+    _put_matrix(dt, grad, c*H + h, 0, 0, C, C, C, C)
+    _put_matrix(dattention, _matrix(dattention, c*H + h, 0, 0, C, C, C, C).to(tl.float32) - da, c*H + h, 0, 0, C, C, C, C)
+
+@triton.jit
+def _solve_grad_kernel(q, k, beta, inverse, dt, dattention, dsolve, dbeta, chunks, R, G, H, K: tl.constexpr, C: tl.constexpr,
+                       BK: tl.constexpr, PRECISION: tl.constexpr):
+    """Back through A = tril(Q K') T and T = (I + N)^-1 diag(beta), dN = -inverse' (dT diag(beta)) inverse'. dattention turns from the gradient of
+    A into that of Q K'; dsolve is that of N, times beta."""
+    c, h = tl.program_id(0), tl.program_id(1)
+    rows, ok = _tokens(chunks, c, C)
+    i = tl.arange(0, C)
+    lower = i[:, None] >= i[None, :]
+    key = _tile(k, rows, ok, h//R, G, 0, K, BK)
+    s = tl.where(lower, _dot(_tile(q, rows, ok, h//R, G, 0, K, BK), tl.trans(key), input_precision=PRECISION), 0.).to(key.dtype)
+    da = _matrix(dattention, c*H + h, 0, 0, C, C, C, C)
+    grad = _matrix(dt, c*H + h, 0, 0, C, C, C, C) + _dot(tl.trans(s), da, input_precision=PRECISION)
+    grad = tl.where(lower, grad, 0.)
     b = tl.load(beta + rows*H + h, mask=ok, other=0.)
     x = _matrix(inverse, c*H + h, 0, 0, C, C, C, C)
-    left = da.to(key.dtype)
-    dt = tl.where(lower, dt + _dot(tl.trans(tl.where(lower, s, 0.).to(key.dtype)), left, input_precision=PRECISION), 0.)
-    ds = _dot(left, tl.trans((x*b[None, :]).to(key.dtype)), input_precision=PRECISION)
+    db = tl.sum(grad*x, 0)
+    ds = _dot(da, tl.trans((x*b[None, :]).to(key.dtype)), input_precision=PRECISION)
     _put_matrix(dattention, tl.where(lower, ds, 0.), c*H + h, 0, 0, C, C, C, C)
-    db = tl.sum(dt*x, 0)
-    dn = _dot(dt*b[None, :], tl.trans(x), input_precision="tf32x3")
-    dn = tl.where(i[:, None] > i[None, :], -_dot(tl.trans(x), dn, input_precision="tf32x3"), 0.)
-    tl.store(dbeta + rows*H + h, db + tl.sum(dn*gram, 1), mask=ok)
-    _put_matrix(dsolve, dn*b[:, None], c*H + h, 0, 0, C, C, C, C)
+    x = tl.trans(_matrix(inverse, c*H + h, 0, 0, C, C, C, C)) # read again, here and below: kept, it would cost an A100 registers that it lacks
+    grad = _dot(grad*b[None, :], x, input_precision=PRECISION)
+    grad = tl.where(i[:, None] > i[None, :], -_dot(x, grad, input_precision=PRECISION), 0.)
+    _put_matrix(dsolve, grad*b[:, None], c*H + h, 0, 0, C, C, C, C)
+    key = _tile(k, rows, ok, h//R, G, 0, K, BK)
+    db += tl.sum(grad*_dot(key, tl.trans(key), input_precision=PRECISION), 1)
+    tl.store(dbeta + rows*H + h, db, mask=ok)
 
 @triton.jit
 def _key_grad_kernel(q, k, beta, inverse, attention, dp, leaving, dhat, ds, dsolve, dq, dk, chunks, leaf, R, G, H, K: tl.constexpr,
@@ -723,7 +734,7 @@ def _backward(z:_Sizes, plan:Schedule, q, k, v, g, lam, beta, inverse, state, tr
     seen, dseen = (new(entries, z.H, z.C, z.K, dtype=z.dtype) for _ in range(2)) if z.delta else (none, none)
     if z.delta and entries: _launch(_transport_kernel, (n, z.H), (q, k, beta, inverse, transition, seen, plan.chunks, plan.nodes, z.R, z.G, z.H), z.warps,
                         K=z.K, C=z.C, BK=z.BK, PRECISION=z.precision)
-    weights, after = new(entries, z.H, z.C), new(entries, z.H)
+    weights, after = new(entries, z.H, z.C), new(entries, z.H, z.C)
     leaving, row_sum, dlam = new(*wide, dtype=z.dtype), torch.empty_like(g), torch.zeros_like(lam)
     _launch(_query_grad_kernel, (n, z.H), (q, g, lam, do, state, transition, total, seen, dseen, weights, after, leaving, dlam, row_sum,
             plan.chunks, plan.nodes, plan.levels, z.R, z.G, z.H, z.L), z.warps, BE=max(16, triton.next_power_of_2(len(plan.splits))), **common)
@@ -731,12 +742,12 @@ def _backward(z:_Sizes, plan:Schedule, q, k, v, g, lam, beta, inverse, state, tr
     dp_part = new(segments, z.H, z.K, z.K) if z.delta else none
     _launch(_node_grad_kernel, (segments, z.H, z.tiles(z.delta)), (q, do, seen, dseen, weights, after, dz_part, dp_part, dd_part, plan.chunks,
             plan.segments, plan.pairs, z.R, z.G, z.H), z.warps, **common)
-    tiles = triton.cdiv(z.K, z.BM)*triton.cdiv(z.V, z.BN) if z.delta else triton.cdiv(z.K*z.V, z.BLOCK)
-    rows = triton.cdiv(z.K, z.BM)*z.tiles(True) if z.delta else tiles
+    rows = triton.cdiv(z.K, z.BM)*z.tiles(True) if z.delta else triton.cdiv(z.K*z.V, z.BLOCK)
+    parts = triton.cdiv(z.K, z.BM)*triton.cdiv(z.V, z.BN)*z.BM if z.delta else rows
     dz, dp = new(plan.n_nodes, z.H, z.K, z.V), new(plan.n_nodes, z.H, z.K, z.K) if z.delta else none
-    dd = torch.zeros(plan.n_nodes, z.H, tiles + 1, device=q.device)
+    dd = torch.zeros(plan.n_nodes, z.H, parts + 1, device=q.device)
     for level in reversed(plan.splits):
-        _launch(_split_kernel, (len(level), z.H, rows), (state, transition, total, dz, dp, dd, dz_part, dp_part, dd_part, level, z.H, tiles), 4,
+        _launch(_split_kernel, (len(level), z.H, rows), (state, transition, total, dz, dp, dd, dz_part, dp_part, dd_part, level, z.H, parts), 4,
                 K=z.K, V=z.V, BM=z.BM, BN=z.BN, BLOCK=z.BLOCK, DELTA=z.delta, PRECISION=z.precision)
     del seen, dseen, weights, after, dz_part, dp_part, dd_part
     dv, dg, dbeta = torch.empty_like(v), torch.empty_like(g), torch.empty_like(g)
@@ -745,8 +756,11 @@ def _backward(z:_Sizes, plan:Schedule, q, k, v, g, lam, beta, inverse, state, tr
     _launch(_value_grad_kernel, (n, z.H), (q, k, v, g, lam, beta, inverse, do, dz, dd.sum(-1), row_sum, dv, dg, dlam, dhat, dattention, attention,
             plan.chunks, plan.leaf, plan.ancestors, plan.ancestors.shape[1], z.R, z.G, z.H, z.L), 8, LOG=z.LOG, **(common | dict(BN=min(z.BN, 32)))) # narrow: at 64 it spills more
     tiles = dict(K=z.K, C=z.C, BK=z.BK, BN=min(z.BN, z.BK), PRECISION=z.precision)
-    if z.delta: _launch(_solve_grad_kernel, (n, z.H), (q, k, beta, inverse, dp, leaving, dhat, dattention, dsolve, dbeta, plan.chunks, plan.leaf,
-                        z.R, z.G, z.H), 8, **tiles)
+    if z.delta:
+        dt = new(n, z.H, z.C, z.C)
+        _launch(_leave_grad_kernel, (n, z.H), (k, dp, leaving, dhat, dattention, dt, plan.chunks, plan.leaf, z.R, z.G, z.H), 8, **tiles)
+        _launch(_solve_grad_kernel, (n, z.H), (q, k, beta, inverse, dt, dattention, dsolve, dbeta, plan.chunks, z.R, z.G, z.H), 8, K=z.K, C=z.C,
+                BK=z.BK, PRECISION=z.precision)
     dtype = z.dtype if z.R == 1 else torch.float32 # summed over the heads that share q and k
     dq, dk = new(*wide, dtype=dtype), new(*wide, dtype=dtype)
     _launch(_key_grad_kernel, (n, z.H, triton.cdiv(z.K, tiles["BN"])), (q, k, beta, inverse, attention, dp, leaving, dhat, dattention, dsolve, dq, dk,

@@ -33,105 +33,87 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # ---------------------------------------------------------------------------------------------------------------- schedule
 
 class Schedule(NamedTuple):
-    "Where everything lies: int32 tables on the device, rows and slots counted in leaves or in rows of the level copies."
+    "The tree as int32 tables on the device, so that kernels hold no arithmetic of levels. A slot holds one copy of a leaf; a slot has C rows."
     leaves: int             # N, leaves of all sequences
     levels: int             # height of the tree of the longest sequence
-    q_slots: int            # level copies of query leaves: half a leaf a level
-    k_slots: int            # the same for keys
-    nodes: int              # complete nodes of all levels but the root's; 0..full leaves-1 are leaves
-    leaf: torch.Tensor      # (N, 3) first token, end of its sequence, node of the leaf (-1: none needed)
-    q_ptr: torch.Tensor     # (N+1,) steps of leaf n are q_steps[q_ptr[n]:q_ptr[n+1]]
-    q_steps: torch.Tensor   # (., 2) slot of the copy, node to go through next (-1: none)
+    q_slots: int            # copies of query leaves: half of all leaves have one at a level
+    k_slots: int            # copies of key leaves
+    nodes: int              # nodes that somebody may go through, level by level
+    leaf: torch.Tensor      # (N, 3) first token, end of its sequence, its node (-1: incomplete)
+    q_ptr: torch.Tensor     # (N+1,) the way of leaf n is q_steps[q_ptr[n]:q_ptr[n+1]]
+    q_steps: torch.Tensor   # (., 2) slot to copy to, node to go through afterwards (-1: none)
     k_ptr: torch.Tensor     # the same for keys
     k_steps: torch.Tensor
-    q_tiles: torch.Tensor   # (tiles, 7) two leaves: first token, end, leaf, row of its level-0 queries, of its level-0 keys (-1: none), rectangles from, to
+    q_tiles: torch.Tensor   # (tiles, 7) a pair of leaves: token, end, leaf, row of its queries and of its keys at level 0 (-1: no pair), rects from, to
     q_rects: torch.Tensor   # (., 4) row of the tile's queries, row of Left's keys, token of Left's first key, number of keys
-    k_tiles: torch.Tensor   # the same pair of leaves as keys
+    k_tiles: torch.Tensor   # the same pairs as keys
     k_rects: torch.Tensor   # (., 4) row of the tile's keys, row of Right's queries, token of Right's first query, number of queries
     joins: tuple            # a level above the leaves: (nodes, 3) = parent, Left, Right
-    sources: torch.Tensor   # (nodes, 4) who went through a node: row before, row after, leaves, 0 queries | 1 keys
+    sources: torch.Tensor   # (nodes, 4) who went through a node: row before, row after, leaves, 0 for queries and 1 for keys
+
+def _steps(slot, through):
+    "The way of every leaf (`q_ptr`, `q_steps`) from slots and nodes (L, N)"
+    has = (slot >= 0).T
+    return np.concatenate([[0], has.sum(1).cumsum()]), np.stack([slot.T, through.T], -1)[has]
+
+def _tiles(pairs, rects, has):
+    "Tiles and their rectangles above level 0, the longest tiles first: those that start first should not end last"
+    has, rects = has[1:, pairs[:, 2]].T, rects[1:, pairs[:, 2]].swapaxes(0, 1)
+    ptr = np.concatenate([[0], has.sum(1).cumsum()])
+    order = np.argsort(-(rects[..., 3]*has).sum(1), kind='stable')
+    return np.concatenate([pairs, ptr[:-1, None], ptr[1:, None]], 1)[order], rects[has]
+
+def _later(slot):
+    "The next slot of every copy (L, N), -1 for the last"
+    after = np.full_like(slot, -1)
+    for l in reversed(range(len(slot) - 1)): after[l] = np.where(slot[l + 1] >= 0, slot[l + 1], after[l + 1])
+    return after
 
 @lru_cache(maxsize=64)
 def schedule(lengths: tuple[int, ...], # tokens of every sequence
              chunk: int, # tokens a leaf
              device: torch.device, # where the tables go
             ) -> Schedule:
-    "The tree over every sequence as tables, so that kernels hold no arithmetic of levels. Bit l of a leaf's number n tells Left from Right."
-    ids = lambda mask, base: np.where(mask, base + np.cumsum(mask) - 1, -1)
-    start = np.cumsum([0, *lengths[:-1]])
-    count = np.array([-(-t // chunk) for t in lengths])
+    "The tree over every sequence. Bit l of a leaf's number n says whether it is Left or Right at level l; arrays here are (levels, leaves)."
+    lengths = np.array(lengths)
+    count, start = -(-lengths // chunk), np.cumsum(lengths) - lengths
     n = np.concatenate([np.arange(c) for c in count])
-    first, total = np.repeat(np.cumsum(count) - count, count), np.repeat(count, count)
-    token, end = np.repeat(start, count) + n*chunk, np.repeat(start + np.array(lengths), count)
-    N, L = len(n), int(max(count) - 1).bit_length()
-    one = np.arange(N)
-    at = lambda table, i: table[np.clip(i, 0, N - 1)]
-    # who has a copy at which level, and which nodes are complete
-    right = [(n >> l) & 1 == 1 for l in range(L)]
-    left = [((n >> l) & 1 == 0) & (((n >> l) + 1) << l < total) for l in range(L)]
-    head = [one - n % (1 << l) for l in range(L)]                       # first leaf of the node that holds a leaf
-    q_slot, k_slot, node, q_n, k_n, nodes = [], [], [], 0, 0, 0
-    for l in range(L):
-        whole = (token + ((head[l] + (1 << l) - one)*chunk) <= end) & (l < L - 1)        # nothing goes through nodes of the last level
-        mine = ids(whole & (head[l] == one), nodes)
-        q_slot.append(ids(right[l], q_n)); k_slot.append(ids(left[l], k_n)); node.append(np.where(whole, mine[head[l]], -1))
-        q_n += right[l].sum(); k_n += left[l].sum(); nodes += (mine >= 0).sum()
-    # a copy goes on through its sibling where a later level needs it
-    def follow(slot):
-        after, out = np.full(N, -1), []
-        for s in reversed(slot):
-            out.append(after)
-            after = np.where(s >= 0, s, after)
-        return out[::-1]
-    q_next, k_next = follow(q_slot), follow(k_slot)
-    through_q = [np.where((q_slot[l] >= 0) & (q_next[l] >= 0), at(node[l], head[l] - 1), -1) for l in range(L)]
-    through_k = [np.where((k_slot[l] >= 0) & (k_next[l] >= 0), at(node[l], head[l] + (1 << l)), -1) for l in range(L)]
-    def steps(slot, through):
-        if not L: return np.zeros(N + 1), np.zeros((1, 2))
-        slot, through = np.stack(slot, 1), np.stack(through, 1)
-        return np.concatenate([[0], (slot >= 0).sum(1).cumsum()]), np.stack([slot, through], -1)[slot >= 0].reshape(-1, 2)
-    # rectangles above level 0 of every tile of two leaves
-    even = one[n % 2 == 0]
-    def tiles(mask, rect):
-        rows, ptr, work = [], [0], []
-        table = np.stack([rect(l) for l in range(1, L)], 1) if L > 1 else np.zeros((N, 0, 4))
-        has = np.stack([mask[l] for l in range(1, L)], 1) if L > 1 else np.zeros((N, 0), bool)
-        has = has[even]
-        ptr = np.concatenate([[0], has.sum(1).cumsum()])
-        work = (table[even][..., 3] * has).sum(1)
-        pair = at(total, even) > n[even] + 1
-        q0 = np.where(pair, at(q_slot[0], even + 1) * chunk, -1) if L else np.full(len(even), -1)
-        k0 = np.where(pair, k_slot[0][even] * chunk, -1) if L else np.full(len(even), -1)
-        rows = np.stack([token[even], end[even], even, q0, k0, ptr[:-1], ptr[1:]], 1)
-        return rows[np.argsort(-work, kind='stable')], table[even][has].reshape(-1, 4)    # the longest first
-    def seen_by_queries(l):
-        key = np.clip(head[l] - (1 << l), 0, N - 1)
-        return np.stack([q_slot[l] * chunk, k_slot[l][key] * chunk, token[key], np.full(N, chunk << l)], 1)
-    def seen_by_keys(l):
-        query = np.clip(head[l] + (1 << l), 0, N - 1)
-        return np.stack([k_slot[l] * chunk, q_slot[l][query] * chunk, token[query], np.minimum(chunk << l, end - token[query])], 1)
-    q_tiles, q_rects = tiles(right, seen_by_queries)
-    k_tiles, k_rects = tiles(left, seen_by_keys)
-    # inner nodes and what went through every node
-    joins, sources = [], np.zeros((max(nodes, 1), 4))
-    for l in range(L):
-        f = one[(node[l] >= 0) & (head[l] == one)]
-        odd = (n[f] >> l) & 1 == 1
-        if l: joins.append(np.stack([node[l][f], node[l-1][f], at(node[l-1], f + (1 << (l-1)))], 1))
-        user = np.clip(np.where(odd, f - (1 << l), f + (1 << l)), 0, N - 1)
-        for is_k, slot, nxt, through in ((0, q_slot[l], q_next[l], through_q[l]), (1, k_slot[l], k_next[l], through_k[l])):
-            u, g = user[odd == is_k], f[odd == is_k]
-            used = (through[u] == node[l][g]) & (slot[u] >= 0)
-            u, g = u[used], g[used]
-            size = np.minimum(1 << l, total[u] - n[u])
-            sources[node[l][g]] = np.stack([slot[u] * chunk, nxt[u] * chunk, size, np.full(len(u), is_k)], 1)
-    leaf = np.stack([token, end, node[0] if L else np.full(N, -1)], 1)
-    dev = lambda x: torch.as_tensor(np.ascontiguousarray(x, dtype=np.int32)).to(device)
-    q_ptr, q_steps = steps(q_slot, through_q)
-    k_ptr, k_steps = steps(k_slot, through_k)
-    pad = lambda x, w: dev(x) if len(x) else torch.zeros((1, w), dtype=torch.int32, device=device)
-    return Schedule(N, L, int(q_n), int(k_n), int(nodes), dev(leaf), dev(q_ptr), pad(q_steps, 2), dev(k_ptr), pad(k_steps, 2),
-                    dev(q_tiles), pad(q_rects, 4), dev(k_tiles), pad(k_rects, 4), tuple(dev(j) for j in joins if len(j)), dev(sources))
+    total, end = np.repeat(count, count), np.repeat(start + lengths, count)
+    token, leaf = np.repeat(start, count) + n*chunk, np.arange(len(n))
+    L = max(1, int(count.max() - 1).bit_length())
+    l = np.arange(L)[:, None]
+    head = leaf - n % (1 << l)                                                   # first leaf of the node that holds a leaf
+    right, left = n >> l & 1 == 1, (n >> l & 1 == 0) & ((n >> l) + 1 << l < total)
+    whole = (token + (head + (1 << l) - leaf)*chunk <= end) & (l < L - 1)         # nobody goes through nodes of the last level
+    made = whole & (head == leaf)
+    number = lambda mask: np.where(mask, mask.cumsum().reshape(mask.shape) - 1, -1)
+    at = lambda table, i: np.take_along_axis(np.broadcast_to(table, i.shape), i.clip(0, len(n) - 1), 1)
+    q_slot, k_slot, node = number(right), number(left), np.where(whole, at(number(made), head), -1)
+    before, after = head - (1 << l), head + (1 << l)                             # first leaves of a Right's Left and of a Left's Right
+    q_next, k_next = _later(q_slot), _later(k_slot)
+    through_q = np.where((q_slot >= 0) & (q_next >= 0), at(node, before), -1)
+    through_k = np.where((k_slot >= 0) & (k_next >= 0), at(node, after), -1)
+    # attention
+    even = leaf[n % 2 == 0]
+    two = n[even] + 1 < total[even]
+    pairs = np.stack([token[even], end[even], even, np.where(two, q_slot[0].take(even + 1, mode='clip')*chunk, -1),
+                      np.where(two, k_slot[0][even]*chunk, -1)], 1)
+    key, query, full = at(token, before), at(token, after), np.broadcast_to(chunk << l, head.shape)
+    q_rects = np.stack([q_slot*chunk, at(k_slot, before)*chunk, key, full], -1)
+    k_rects = np.stack([k_slot*chunk, at(q_slot, after)*chunk, query, np.minimum(full, end - query)], -1)
+    # nodes
+    level, first = made.nonzero()
+    odd = n[first] >> level & 1
+    user = np.where(odd, first - (1 << level), first + (1 << level)).clip(0, len(n) - 1)
+    pick = lambda q, k: np.where(odd, k[level, user], q[level, user])
+    used = pick(through_q, through_k) == node[level, first]
+    sources = np.stack([pick(q_slot, k_slot)*chunk, pick(q_next, k_next)*chunk, np.minimum(1 << level, total[user] - n[user]), odd], 1)
+    joins = [np.stack([node[i, f], node[i - 1, f], node[i - 1, f + (1 << i - 1)]], 1) for i, f in ((i, first[level == i]) for i in range(1, L))]
+    # nobody reads the row that stands for an empty table
+    table = lambda x: torch.as_tensor(np.ascontiguousarray(x if len(x) else np.zeros((1, *x.shape[1:])), dtype=np.int32)).to(device)
+    return Schedule(len(n), L, int(right.sum()), int(left.sum()), int(made.sum()), table(np.stack([token, end, node[0]], 1)),
+                    *map(table, (*_steps(q_slot, through_q), *_steps(k_slot, through_k), *_tiles(pairs, q_rects, right), *_tiles(pairs, k_rects, left))),
+                    tuple(table(j) for j in joins if len(j)), table(sources*used[:, None]))
 
 # ------------------------------------------------------------------------------------------------------- leaves and nodes
 
@@ -659,7 +641,7 @@ def config(dtype: torch.dtype, # of q, k, v
           ) -> Config: # what fits registers and shared memory
     "Chosen by compiling ahead of time for sm_80, 90 and 100, so that nothing spills in the forward pass."
     if dtype == torch.float32: return Config((32, 8, 1), (32, 8, 1), (32, 8, 1), 8, 'tf32x3')
-    if BD <= 64: return Config((64, 4 if sm >= 90 else 8, 3), (64, 8, 2), (64, 8, 2), 4 if sm >= 90 else 8, 'tf32')
+    if BD <= 64: return Config((64, 4 if sm == 90 else 8, 3), (64, 8, 2), (64, 8, 2), 4 if sm >= 90 else 8, 'tf32')
     return Config((64 if sm >= 90 else 32, 8, 2), (32, 8, 2), (32, 8, 2), 8, 'tf32')
 
 def _capability(x: torch.Tensor) -> int:
@@ -696,8 +678,9 @@ class _Pass:
                                        HQ=HQ, GATE=self.gate, **one)
         for j in s.joins: _compose_kernel[len(j), wide, B*H](p, j, s.nodes, num_stages=1, **self.node)
         xq, xk = self.tiles(HQ, max(s.q_slots, 1), self.q.dtype), self.tiles(H, max(s.k_slots, 1), self.q.dtype)
-        for x, out, ptr, steps, slots, heads, keys in ((qt, xq, s.q_ptr, s.q_steps, s.q_slots, HQ, False), (kt, xk, s.k_ptr, s.k_steps, s.k_slots, H, True)):
-            _transport_kernel[N, B*heads](x, p, ptr, steps, out, N, slots, s.nodes, R=heads//H, BD=self.BD, C=C, KEYS=keys, **self.leaf)
+        one = dict(BD=self.BD, C=C, **self.leaf)
+        _transport_kernel[N, B*HQ](qt, p, s.q_ptr, s.q_steps, xq, N, s.q_slots, s.nodes, R=HQ//H, KEYS=False, **one)
+        _transport_kernel[N, B*H](kt, p, s.k_ptr, s.k_steps, xk, N, s.k_slots, s.nodes, R=1, KEYS=True, **one)
         return logits, xq, xk, p, u, y, inv
 
     def rects(self, block, name, gate_c):
@@ -742,7 +725,8 @@ class _PathAttention(torch.autograd.Function):
         _transport_grad_kernel[s.leaves, B*HQ](dxq, p, s.q_ptr, s.q_steps, dqt, s.leaves, s.q_slots, s.nodes, run.scale, KEYS=False, **back)
         _transport_grad_kernel[s.leaves, B*H](dxk, p, s.k_ptr, s.k_steps, dkt, s.leaves, s.k_slots, s.nodes, run.scale, KEYS=True, **back)
         dp, wide = torch.empty_like(p), run.BD//run.node['BN']
-        if s.nodes: _node_grad_kernel[s.nodes, wide, B*H](xq, xk, dxq, dxk, s.sources, dp, s.q_slots, s.k_slots, s.nodes, HQ=HQ, H=H, C=C, num_stages=1, **run.node)
+        if s.nodes: _node_grad_kernel[s.nodes, wide, B*H](xq, xk, dxq, dxk, s.sources, dp, s.q_slots, s.k_slots, s.nodes, HQ=HQ, H=H, C=C,
+                                                          num_stages=1, **run.node)
         for j in reversed(s.joins): _split_kernel[len(j), wide, B*H](p, dp, j, s.nodes, num_stages=1, **run.node)
         del xq, xk, dxq, dxk
         # leaves
@@ -754,8 +738,9 @@ class _PathAttention(torch.autograd.Function):
                                                    run.scale, GATE=run.gate, **back)
         _node_leaf_grad_kernel[s.leaves, B*H](w, y, s.leaf, dy, dw_part, dp, T, s.leaves, s.nodes, **back)
         _inverse_grad_kernel[s.leaves, B*H](k, w, beta, s.leaf, inv, du, dy, dkt, dlogits, dbeta, T, s.leaves, **back | dict(num_warps=8))
-        _key_prepare_grad_kernel[s.leaves, triton.cdiv(run.BD, 32), B*H](k, w, beta, s.leaf, inv, u, du, dlogits, dy, dk_part, dw_part, dkt, dk, dw, T, s.leaves,
-                                                      BN=min(32, run.BD), **back)
+        BN = min(32, run.BD)
+        _key_prepare_grad_kernel[s.leaves, run.BD//BN, B*H](k, w, beta, s.leaf, inv, u, du, dlogits, dy, dk_part, dw_part, dkt, dk, dw, T,
+                                                            s.leaves, BN=BN, **back)
         if H != HQ: dv = dv.view(B, T, H, HQ//H, run.D).sum(3).to(v.dtype)
         dgate = _running_grad(dc - dck, run.coef, ctx.how[2]).to(gate.dtype) if run.gate else None
         return dq, dk, dv, dw, dbeta, dgate, None, None, None, None
@@ -901,10 +886,12 @@ def _merge_kernel(part, high, low, o, splits, DV: tl.constexpr, BV: tl.constexpr
     acc = tl.load(part + (hq*splits + k)[:, None]*BV + e[None, :], mask=there[:, None], other=0.)
     tl.store(o + hq*DV + e, tl.sum(weight[:, None]*acc, 0)/l, mask=e < DV)
 
+def _decode_step(BD: int, BV: int) -> int: return 64 if max(BD, BV) <= 64 else 32 # slots at a time; more would spill
+
 @lru_cache(maxsize=64)
 def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor: return torch.tensor(numbers, dtype=torch.int32, device=device)
 
-def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled: R query heads a key head, carried back to each of P parts, oldest first
+def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled, R query heads a key head: carried back to each of P parts, oldest first
                           keys: torch.Tensor, # (B, S, H, D) slots, each carried on to the end of its part
                           values: torch.Tensor, # (B, S, H, V)
                           bounds: list[int], # P + 1 slots where parts begin and end, the last being the number of slots in use
@@ -917,13 +904,14 @@ def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled:
                          ) -> torch.Tensor: # (B, H, R, V) fp32
     """Attention of one token: transforms still pending act on its queries, and the cache is read once, in its own dtype. What
     `rlcr_suite.path_attention.PathCache` holds fits as it is. Raises `ValueError` if shapes do not."""
-    n = check_shapes(queries=(queries, "P B H R D"), keys=(keys, "B S H D"), values=(values, "B S H V"), recent=(recent, "B W H D"), valid=(valid, "B S"))
+    if (c is None) != (total is None): raise ValueError("c and total are given together, or neither")
+    n = check_shapes(queries=(queries, "P B H R D"), keys=(keys, "B S H D"), values=(values, "B S H V"), recent=(recent, "B W H D"),
+                     valid=(valid, "B S"), c=(c, "B S HQ"), total=(total, "B HQ"))
     P, B, H, R, D, S, V = (n[x] for x in "PBHRDSV")
     HQ, W, slots = H*R, n.get("W", 0), bounds[-1]
+    if c is not None and n["HQ"] != HQ: raise ValueError(f"c has {n['HQ']} heads, but queries have {H} x {R}")
     if len(bounds) != P + 1 or bounds[0] or any(a > b for a, b in zip(bounds, bounds[1:])) or not 0 < slots <= S:
         raise ValueError(f"bounds must rise from 0 to at most {S} in {P + 1} numbers, got {list(bounds)}")
-    if (c is None) != (total is None): raise ValueError("c and total are given together, or neither")
-    if c is not None and c.shape != (B, S, HQ) or total is not None and total.shape != (B, HQ): raise ValueError(f"c must be {(B, S, HQ)} and total {(B, HQ)}, got {tuple(c.shape)}, {tuple(total.shape)}")
     if recent is not None and slots - bounds[-2] > W: raise ValueError(f"the last part has {slots - bounds[-2]} tokens, but recent has room for {W}")
     if max(D, V) > 128: raise ValueError(f"head dims of at most 128, got {D} and {V}")
     queries, keys, values = queries.float().contiguous(), keys.contiguous(), values.contiguous()
@@ -933,13 +921,14 @@ def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled:
         cores = torch.cuda.get_device_properties(keys.device).multi_processor_count if keys.is_cuda else 4
         splits = max(1, min(triton.cdiv(slots, 128), triton.cdiv(2*cores, B*H), 127))
     BD, BV = (max(16, triton.next_power_of_2(x)) for x in (D, V))
-    part, high, low, o = (torch.empty(s, dtype=torch.float32, device=keys.device)
-                          for s in ((B, HQ, splits + 1, BV), (B, HQ, splits + 1), (B, HQ, splits + 1), (B, H, R, V)))
+    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=keys.device)
+    part, high, low, o = new(B, HQ, splits + 1, BV), new(B, HQ, splits + 1), new(B, HQ, splits + 1), new(B, H, R, V)
+    recent = keys if recent is None else recent.float().contiguous()
     if c is not None: c, total = c.contiguous(), total.contiguous()
     with torch.cuda.device_of(keys):
-        _decode_kernel[splits + 1, B, H](queries, keys, keys if recent is None else recent.contiguous(), values, valid, c, total, _on_device(bounds, keys.device),
-                                         part, high, low, B, S, W, P, slots, splits + 1, H=H, R=R, D=D, DV=V, BD=BD, BV=BV,
-                                         BR=max(16, triton.next_power_of_2(R)), BN=64 if max(BD, BV) <= 64 else 32, GATE=c is not None, num_warps=4, num_stages=2)
+        _decode_kernel[splits + 1, B, H](queries, keys, recent, values, valid, c, total, _on_device(bounds, keys.device), part, high, low,
+                                         B, S, W, P, slots, splits + 1, H=H, R=R, D=D, DV=V, BD=BD, BV=BV, BR=max(16, triton.next_power_of_2(R)),
+                                         BN=_decode_step(BD, BV), GATE=c is not None, num_warps=4, num_stages=2)
         _merge_kernel[B*HQ,](part, high, low, o, splits + 1, DV=V, BV=BV, BS=triton.next_power_of_2(splits + 1), num_warps=4)
     return o
 
@@ -967,8 +956,8 @@ def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16',
             BD = max(16, triton.next_power_of_2(D))
             cfg = config(dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[dtype], BD, sm)
             const = dict(HQ=32, H=8, D=D, BD=BD, C=CHUNK, SAVE=True, KEYS=True, DV=D, BV=BD, BR=16, BS=64, PREC=cfg.prec)
-            how = {'forward': (cfg.forward, 'BN'), 'query_grad': (cfg.queries, 'BN'), 'key_grad': (cfg.keys, 'BM'), 'decode': ((64 if BD <= 64 else 32, 4, 2), 'BN'), 'merge': ((64, 4, 3), 'BN'),
-                   'inverse_grad': ((64, 8, 1), 'BN'), 'key_prepare_grad': ((min(32, BD), cfg.warps, 1), 'BN')}
+            how = {'forward': (cfg.forward, 'BN'), 'query_grad': (cfg.queries, 'BN'), 'key_grad': (cfg.keys, 'BM'), 'merge': ((64, 4, 3), 'BN'),
+                   'decode': ((_decode_step(BD, BD), 4, 2), 'BN'), 'inverse_grad': ((64, 8, 1), 'BN'), 'key_prepare_grad': ((min(32, BD), cfg.warps, 1), 'BN')}
             for kernel in kernels:
                 name = kernel.__name__.strip('_').removesuffix('_kernel')
                 (block, warps, stages), letter = how.get(name, ((min(64, BD), cfg.warps, 1), 'BN'))

@@ -259,4 +259,24 @@ def test_refusals(measured):
     for name, words in said.items(): assert words in got['words'][name], (name, got['words'][name])
     assert got['fits'] and got['empty'] and not got['wide']
 
+# --------------------------------------------------------------------------------------------------------- the machine code
+
+BACKWARD = ('query_grad', 'key_grad', 'transport_grad', 'node_grad', 'split', 'query_prepare_grad', 'node_leaf_grad', 'inverse_grad', 'key_prepare_grad')
+SPILLED = {80: 1280, 90: 64, 100: 1280} # bytes a thread that any backward kernel may store and load for want of registers
+
+@pytest.mark.parametrize('sm, dims, gates', [(80, [128], [False]), (90, [64], [True]), (90, [128], [False]), (100, [128], [False])])
+def test_machine_code(sm, dims, gates):
+    "Compiled for GPUs that are not here: it fits shared memory, nothing in the forward or decoding spills, and tensor cores do the products"
+    pytest.importorskip('triton')
+    from rlcr_suite.kernels.aot import SHARED_LIMIT, report
+    rows = report('rlcr_suite.kernels.path_attention', [sm], dims=dims, gates=gates, sm=sm)
+    assert len(rows) == 17
+    for row in rows:
+        kernel, spilled = row['label'].split()[0], row['spill_stores'] + row['spill_loads']
+        print(f"{row['label']:36} sm_{sm}: {row['registers']} registers, {spilled} bytes spilled, {row['shared']} bytes shared")
+        assert row['shared'] <= SHARED_LIMIT[sm] and row['resident'] >= 1, row
+        assert spilled <= (SPILLED[sm] if kernel in BACKWARD else 0), row
+        wanted = {80: 'mma', 90: 'wgmma', 100: 'tcgen05'}[sm]
+        if kernel in ('forward', 'query_grad', 'key_grad'): assert row['matmul'] == wanted, row
+
 if __name__ == '__main__': measure()

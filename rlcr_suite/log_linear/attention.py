@@ -83,7 +83,7 @@ def _right_nodes(N: int, j: int, device: torch.device) -> tuple[torch.Tensor, to
     first = torch.arange(1 << j, N, 2 << j, device=device)
     return first, (first + (1 << j)).clamp(max=N)
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #9aa90f56
+# %% ../../nbs/03_log_linear/04_attention.ipynb #fb3e8446
 def _batches(x: torch.Tensor) -> list:
     "Indices that cut (R, n, ...) into 3-D batches, along rows or along blocks, whichever makes fewer"
     return list(range(x.shape[0])) if x.shape[0] <= x.shape[1] else [(slice(None), i) for i in range(x.shape[1])]
@@ -99,22 +99,26 @@ def _parts(level: Level, nodes: list[torch.Tensor], *rows: torch.Tensor) -> list
     return [tuple(x[i] for x in part) for part in zip(*tensors) for i in _batches(part[0])]
 
 class _Work:
-    "Buffers for a group of n blocks in each of R rows"
+    "Buffers for a group of n blocks in each of R rows, m = R*n in all. A name with `b` is a view in blocks (m, C, ...)"
     def __init__(self, like: torch.Tensor, R: int, n: int, C: int, K: int, V: int, L: int):
-        self.R, self.n, self.C, self.m, new = R, n, C, R*n, like.new_empty
-        self.q, self.o, self.w, self.lam = new(R, n*C, K), new(R, n*C, V), new(L, R, n, C), new(C, R*n, L)
-        self.k, self.S, self.level = new(R*n, C, K), new(R*n, C, C), new(C, R*n, C)
-        self.flat = new(R*n*C*max(K, V) + R*n*K*V)
-        self.qb, self.ob, c = self.q.view(-1, C, K), self.o.view(-1, C, V), C.bit_length()
-        self.levels, self.J = levels(n*C, C), max(0, L - c)
-        self.Z = [new(R, -(-n >> j), K, V) for j in range(len(self.levels) + 1)]
-        self.Zb, self.w = self.Z[0].view(-1, K, V), self.w[c:]
-        self.w_, self.near, self.far = self.w.view(self.J, R, n*C, 1), self.lam[..., :c], self.lam[..., c:].permute(2, 1, 0).view(self.J, R, n, C)
-        self.spread, self.lam_ = self.level.transpose(0, 1), self.lam.transpose(0, 1)
-        self.reads = [_parts(l, [self.Z[j]], self.q, self.o, self.w_[j]) for j, l in enumerate(self.levels)]
-        self.reads = [[(q, o, w, Z, self.room(*q.shape[:2], V)) for q, o, w, Z in parts] for parts in self.reads]
+        new, m, c = like.new_empty, R*n, C.bit_length()
+        self.R, self.n, self.C, self.J = R, n, C, max(0, L - c)
+        self.levels = levels(n*C, C)
+        self.q, self.k, self.o = new(R, n*C, K), new(m, C, K), new(R, n*C, V)                    # scaled q and k (@eq-rank-one), and the output
+        self.qb, self.ob = self.q.view(m, C, K), self.o.view(m, C, V)
+        self.S, self.level = new(m, C, C), new(C, m, C)                                          # scores; weights of the levels, queries first
+        self.spread = self.level.transpose(0, 1)
+        self.lam = new(C, m, L)                                                                  # queries first: what `weigh` multiplies by
+        self.lamb, self.near, self.far = self.lam.transpose(0, 1), self.lam[..., :c], self.lam[..., c:].permute(2, 1, 0).view(self.J, R, n, C)
+        self.w = new(self.J, R, n, C)                                                            # weights of the levels beyond the block, with their decays
+        self.wr = self.w.view(self.J, R, n*C, 1)
+        self.Z = [new(R, -(-n >> j), K, V) for j in range(len(self.levels) + 1)]                 # nodes of each level, from the blocks to the root
+        self.Zb = self.Z[0].view(m, K, V)
+        self.flat = new(m*C*max(K, V) + m*K*V)                                                   # see `room`
         self.pairs = [(Z[:, 0:Z.shape[1] - 1:2], Z[:, 1::2], up[:, :Z.shape[1] // 2]) for Z, up in zip(self.Z, self.Z[1:])]
         self.odd = [(up[:, -1], Z[:, -1]) if Z.shape[1] % 2 else None for Z, up in zip(self.Z, self.Z[1:])]
+        self.reads = [[(*part, self.room(*part[0].shape[:2], V)) for part in _parts(l, [Z], self.q, self.o, w)]
+                      for l, Z, w in zip(self.levels, self.Z, self.wr)]
 
     def room(self, *shape: int) -> torch.Tensor:
         "A view for what is needed for a moment only"
@@ -124,7 +128,7 @@ class _Work:
         "Take up the i-th group: scale queries and keys, weigh the levels"
         self.d, self.rows, self.first, self.blocks = d, rows, first, slice(first, first + self.n)
         self.scale, self.end, self.mild = d.scales[i], d.ends[i], d.milds[i]
-        self.lam_.copy_(lam)
+        self.lamb.copy_(lam)
         if self.J: torch.mul(self.far, d.way[:, rows, self.blocks], out=self.w)
         torch.mul(q, self.scale, out=self.qb)
         torch.mul(k, self.end, out=self.k)
@@ -159,7 +163,7 @@ def _places(x: torch.Tensor, C: int) -> list[torch.Tensor]:
     if T <= size: return list(x.split(GROUP // -(-T // C)))
     return [y if y.shape[1] < size else y[0].unflatten(0, (GROUP, C)) for row in x.split(1) for y in row.split(size, 1)]
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #7e59a004
+# %% ../../nbs/03_log_linear/04_attention.ipynb #71b01894
 def _bits(m: int) -> list[int]: return [b for b in range(m.bit_length()) if m >> b & 1]
 
 def _forward(q, k, v, g, lam, o, C: int, keep: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
@@ -194,7 +198,7 @@ def _look_back(u: _Work, outer: list[torch.Tensor]) -> None:
     r, m, inner = u.rows.start, u.first // GROUP, GROUP.bit_length() - 1
     for b in _bits(m):
         y = torch.mm(u.q[0], outer[b][r, (m >> b) - 1], out=u.room(*u.o.shape[1:]))
-        u.o[0].addcmul_(y, u.w_[inner + b, 0])
+        u.o[0].addcmul_(y, u.wr[inner + b, 0])
     for b, level in enumerate(outer):
         if m >= level.shape[1]: break
         if b == 0: level[r, m] = u.Z[-1][0, 0]
@@ -202,19 +206,19 @@ def _look_back(u: _Work, outer: list[torch.Tensor]) -> None:
         if not m & 1: break
         m >>= 1
 
-# %% ../../nbs/03_log_linear/04_attention.ipynb #3b0d4464
+# %% ../../nbs/03_log_linear/04_attention.ipynb #06e73651
 class _GradWork(_Work):
     "Buffers for the gradients of a group"
     def __init__(self, like: torch.Tensor, R: int, n: int, C: int, K: int, V: int, L: int):
         super().__init__(like, R, n, C, K, V, L)
-        m, new, c, J = R*n, like.new_empty, C.bit_length(), self.J
-        self.do, self.dq, self.dk, self.dv, self.dway = new(R, n*C, V), new(R, n*C, K), new(m, C, K), new(m, C, V), new(J, R, n*C)
-        self.dob, self.dqb, self.dS, self.dL, self.dlam = self.do.view(m, C, V), self.dq.view(m, C, K), new(m, C, C), new(m, C, C), new(C, m, L)
-        self.dL_, self.dlam_, self.dnear = self.dL.transpose(0, 1), self.dlam.transpose(0, 1), self.dlam[..., :c]
-        self.dfar, self.dwayb = self.dlam[..., c:].permute(2, 1, 0).view(J, R, n, C), self.dway.view(J, R, n, C)
+        new, m, c, J = like.new_empty, R*n, C.bit_length(), self.J
+        self.do, self.dq, self.dk, self.dv = new(R, n*C, V), new(R, n*C, K), new(m, C, K), new(m, C, V)
+        self.dob, self.dqb = self.do.view(m, C, V), self.dq.view(m, C, K)
+        self.dS, self.dlevel = new(m, C, C), new(m, C, C)
+        self.dlam, self.dway = new(C, m, L), new(J, R, n*C)                                      # of lam; of w before its decay
+        self.dlamb, self.dnear, self.dfar = self.dlam.transpose(0, 1), self.dlam[..., :c], self.dlam[..., c:].permute(2, 1, 0).view(J, R, n, C)
         self.dZ = [torch.empty_like(Z) for Z in self.Z]
-        self.dZb = self.dZ[0].view(m, K, V)
-        self.reads = [_parts(l, [self.Z[j], self.dZ[j]], self.q, self.do, self.w_[j], self.dq, self.dway[j]) for j, l in enumerate(self.levels)]
+        self.reads = [_parts(l, [Z, dZ], self.q, self.do, w, self.dq, dw) for l, Z, dZ, w, dw in zip(self.levels, self.Z, self.dZ, self.wr, self.dway)]
 
     def read_grad(self, q, do, w, dq, dway, Z, dZ, add: bool = False) -> None:
         "Gradients of one batch of reading (@eq-level-grad), but for the decay of the way in dway; dZ is set or added to"
@@ -245,7 +249,7 @@ class _GradWork(_Work):
 def _backward(q, k, v, g, lam, Z, outer, do, dq, dk, dv, dlam, C: int) -> torch.Tensor:
     "Fill dq, dk, dv and dlam. Returns dg (R, T)"
     (R, T, K), V, d, works = q.shape, v.shape[-1], _Decays(g, C), {}
-    N, J, lam = d.a.shape[1], len(d.way), _reached(lam, d, C)
+    N, lam = d.a.shape[1], _reached(lam, d, C)
     dlam[..., lam.shape[-1]:] = 0                              # levels that no position reaches
     douter, dnode, columns = [torch.zeros_like(x) for x in outer], [x.new_zeros(x.shape[:2]) for x in d.node], q.new_empty(d.a.shape)
     dlam, hot = dlam[..., :lam.shape[-1]], _one_hot(C, q.dtype, q.device)[:, :lam.shape[-1]]
@@ -258,16 +262,17 @@ def _backward(q, k, v, g, lam, Z, outer, do, dq, dk, dv, dlam, C: int) -> torch.
         u.Z[0].copy_(Z[rows, u.blocks])
         u.up(root=False)
         (S, decay), dS = u.scores(qb, kb), torch.bmm(u.dob, vb.mT, out=u.dS)
-        torch.mul(dS, S, out=u.dL)
+        torch.mul(dS, S, out=u.dlevel)
         u.weigh(S, hot)
         dS.mul_(u.spread)
-        u.dnear.copy_(torch.bmm(u.dL_, hot.mT))
+        u.dnear.copy_(torch.bmm(u.dlevel.transpose(0, 1), hot.mT))
         if decay is None: torch.bmm(dS, u.k, out=u.dqb)
         else: u.dqb.zero_()
         u.dway.zero_()
         u.down(_looked_back(u, outer, douter, dnode) if outer else None, dnode)
-        torch.bmm(S.mT, u.dob, out=u.dv).baddbmm_(u.k, u.dZb)
-        torch.bmm(vb, u.dZb.mT, out=u.dk)
+        dZb = u.dZ[0].view(-1, K, V)
+        torch.bmm(S.mT, u.dob, out=u.dv).baddbmm_(u.k, dZb)
+        torch.bmm(vb, dZb.mT, out=u.dk)
         if decay is None: u.dk.baddbmm_(dS.mT, u.qb)
         u.dqb.mul_(u.scale)
         u.dk.mul_(u.end)
@@ -276,8 +281,8 @@ def _backward(q, k, v, g, lam, Z, outer, do, dq, dk, dv, dlam, C: int) -> torch.
             u.dqb.baddbmm_(dS, kb)
             u.dk.baddbmm_(dS.mT, qb)
         columns[rows, u.blocks] = torch.mul(vb, u.dv, out=u.room(*vb.shape)).sum(-1).view(u.R, n, C)
-        if J: torch.mul(u.dwayb, d.way[:, rows, u.blocks], out=u.dfar)
-        for place, x in zip(places, (u.dqb, u.dk, u.dv, u.dlam_)): _put(place, i, x)
+        if u.J: torch.mul(u.dway.view(u.w.shape), d.way[:, rows, u.blocks], out=u.dfar)
+        for place, x in zip(places, (u.dqb, u.dk, u.dv, u.dlamb)): _put(place, i, x)
     return _decay_grad(_whole(lam * dlam, N*C).unflatten(1, (N, C)).double(), columns.double(), dnode, d, C)[:, :T].to(g)
 
 def _decay_grad(rows: torch.Tensor, columns: torch.Tensor, dnode: list[torch.Tensor], d: _Decays, C: int) -> torch.Tensor:
@@ -300,7 +305,7 @@ def _looked_back(u: _GradWork, outer, douter, dnode) -> torch.Tensor | None:
     r, m, inner = u.rows.start, u.first // GROUP, GROUP.bit_length() - 1
     for b in _bits(m):
         i = slice((m >> b) - 1, m >> b)
-        u.read_grad(u.q, u.do, u.w_[inner + b], u.dq, u.dway[inner + b], outer[b][r, i], douter[b][r, i], add=True)
+        u.read_grad(u.q, u.do, u.wr[inner + b], u.dq, u.dway[inner + b], outer[b][r, i], douter[b][r, i], add=True)
     if m + 1 == outer[0].shape[1]: return None                 # nothing reads the last group
     above = None
     for b in reversed(range(len(outer))):

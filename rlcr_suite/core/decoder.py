@@ -70,7 +70,7 @@ class DecoderConfig(PreTrainedConfig):
         "The mixer of each layer"
         return [self.mixer]*self.num_hidden_layers if isinstance(self.mixer, str) else list(self.mixer)
 
-# %% ../../nbs/00_core/09_decoder.ipynb #d5f254e2
+# %% ../../nbs/00_core/09_decoder.ipynb #17a86978
 class Mixer(nn.Module):
     """Base class of what mixes tokens (@sec-mixer). A subclass lists its options in `defaults`; their values, with those from
     `config.mixer_kwargs` put in, are `self.options`. It holds no buffers, since loading builds a model without data."""
@@ -89,6 +89,10 @@ class Mixer(nn.Module):
                 return_state: bool = False, # whether the second result is wanted
                ) -> tuple[torch.Tensor, Any]: # (B, T, hidden), and the state of B rows (N with `cu_seqlens`) or None
         raise NotImplementedError
+
+    def settle(self, state: Any) -> Any:
+        "The same state in a form whose rows can stand beside rows that grew by another number of tokens. Needed where the layout depends on how it grew."
+        return state
 
     def init_parameters(self) -> None:
         """Fill the parameters that this module itself holds; its children, `nn.Linear` and so on, are filled by their own rules. Use
@@ -303,7 +307,7 @@ class DecoderCache(Cache):
     @property
     def is_croppable(self) -> bool: return False
 
-# %% ../../nbs/00_core/09_decoder.ipynb #12a75b7b
+# %% ../../nbs/00_core/09_decoder.ipynb #2e1ee649
 class MLP(nn.Module):
     "Gated feed-forward layer, W_down(silu(W_gate x) * W_up x)"
     def __init__(self, config: DecoderConfig):
@@ -329,7 +333,10 @@ class Block(GradientCheckpointingLayer):
 def _continue(mixer: Mixer, x: torch.Tensor, state: Any, cu_seqlens: torch.Tensor | None, return_state: bool) -> tuple[torch.Tensor, Any]:
     "A mixer's output; rows that have a state and grow by unequal numbers of tokens are run by number"
     if state is None or cu_seqlens is None: return mixer(x, state, cu_seqlens, return_state)
-    if return_state: return packed(lambda x, s: mixer(x, s, return_state=True), cu_seqlens, x, state=state, return_state=True)
+    def grow(x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        y, state = mixer(x, state, return_state=True)
+        return y, mixer.settle(state)
+    if return_state: return packed(grow, cu_seqlens, x, state=state, return_state=True)
     return packed(lambda x, s: mixer(x, s)[0], cu_seqlens, x, state=state), None
 
 # %% ../../nbs/00_core/09_decoder.ipynb #fa434e05

@@ -81,7 +81,7 @@ def _exact_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch
         dv += p.mT @ do[:, :, i]
     return [torch.cat(dq, 2), dk, dv]
 
-# %% ../../nbs/05_path_attention/03_attention.ipynb #02bf7389
+# %% ../../nbs/05_path_attention/03_attention.ipynb #e0f9464a
 BLOCK = 64  # most tokens in a leaf of the tree
 
 class _Sizes(NamedTuple):
@@ -133,50 +133,72 @@ def _take(x: torch.Tensor, at: tuple[slice, slice, slice]) -> torch.Tensor:
     "One slab of a blocked view as rows: (blocks, C r, ...)"
     return x[at].flatten(3, 4).flatten(0, 2)
 
-# %% ../../nbs/05_path_attention/03_attention.ipynb #fc9a0d6d
-def _visible(s: _Sizes, device: torch.device) -> torch.Tensor:
-    "(C r, C) whether a query row of a block sees a key"
-    t = torch.arange(s.C, device=device)
-    return t.repeat_interleave(s.r)[:, None] >= t
+def _copy(x: torch.Tensor, at: tuple[slice, slice, slice], out: torch.Tensor) -> torch.Tensor:
+    "The same into `out`, without a second copy on the way"
+    x = x[at]
+    out.view(x.shape).copy_(x)
+    return out
 
-def _leaves(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor | None, beta: torch.Tensor | None, hidden: torch.Tensor,
+# %% ../../nbs/05_path_attention/03_attention.ipynb #508c312d
+class _Masks(NamedTuple):
+    "Masks of a block, as numbers: adding and multiplying is several times faster than `masked_fill`"
+    seen: torch.Tensor   # (C r, C) 1 where a query row sees the key's token, else 0
+    future: torch.Tensor # (C r, C) 0 and -inf
+    gram: torch.Tensor   # (C r + C, 2 C) of the products of (q, w) with (w, k)
+
+def _masks(s: _Sizes, dtype: torch.dtype, device: torch.device) -> _Masks:
+    t = torch.arange(s.C, device=device)
+    seen, before = ((x[:, None] - t >= d).to(dtype) for x, d in ((t.repeat_interleave(s.r), 0), (t, 1)))
+    gram = torch.cat([torch.cat([seen, torch.ones_like(seen)], 1), torch.cat([torch.ones_like(before), before], 1)])
+    return _Masks(seen, torch.zeros_like(seen).masked_fill(seen == 0, -torch.inf), gram)
+
+def _gram(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    "tril(Q W^T), Q K^T, W W^T and stril(W K^T), from one product: four small ones would be slower"
+    C, S = k.shape[1], torch.bmm(torch.cat([q, w], 1), torch.cat([w, k], 1).mT).mul_(mask)
+    return [S[:, :-C, :C], S[:, :-C, C:], S[:, -C:, :C], S[:, -C:, C:]]
+
+def _leaves(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor | None, beta: torch.Tensor | None, scale: float, masks: _Masks,
             Q: torch.Tensor, K: torch.Tensor, P: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    "Writes Q, K and P of a slab; returns its logits, and T [W, stril(W K^T)] and tril(Q W^T) for the backward"
+    "Writes Q (scaled), K and P of a slab; returns its scaled logits, and T [W, stril(W K^T)] and tril(Q W^T) for the backward"
     if w is None:
-        Q.copy_(q); K.copy_(k)
-        return torch.bmm(q, k.mT), None, None
+        torch.mul(q, scale, out=Q); K.copy_(k)
+        return torch.bmm(Q, k.mT), None, None
     D, b = w.shape[-1], beta[..., None]
-    X = torch.cat([w, torch.bmm(w, k.mT).tril_(-1)], -1).mul_(b)
-    X = torch.linalg.solve_triangular(torch.bmm(w, w.mT).mul_(b), X, upper=False, unitriangular=True)
-    qw = torch.bmm(q, w.mT).masked_fill_(hidden, 0)
-    torch.baddbmm(q, qw, X[..., :D], alpha=-1, out=Q)
+    qw, A, ww, wk = _gram(q, k, w, masks.gram)
+    X = torch.cat([w, wk], -1).mul_(b)
+    X = torch.linalg.solve_triangular(ww.mul_(b), X, upper=False, unitriangular=True)     # reads what is strictly below the diagonal
+    torch.baddbmm(q, qw, X[..., :D], beta=scale, alpha=-scale, out=Q)
     torch.baddbmm(k, X[..., D:].mT, w, alpha=-1, out=K)
     torch.baddbmm(torch.eye(D, dtype=w.dtype, device=w.device).expand_as(P), w.mT, X[..., :D], alpha=-1, out=P)
-    return torch.bmm(q, k.mT).baddbmm_(qw, X[..., D:], alpha=-1), X, qw
+    return torch.baddbmm(A, qw, X[..., D:], beta=scale, alpha=-scale), X, qw
 
 def _leaves_backward(dA: torch.Tensor, dQ: torch.Tensor, dK: torch.Tensor, dP: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor,
                      w: torch.Tensor | None, beta: torch.Tensor | None, X: torch.Tensor | None, qw: torch.Tensor | None,
-                     hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    "Gradients of q, k, w, beta from those of the logits, Q, K and P"
+                     masks: _Masks) -> tuple[torch.Tensor, ...]:
+    "Gradients of q, k, w, beta from those of the logits, Q, K and P, as if nothing were scaled"
     dq, dk = torch.baddbmm(dQ, dA, k), torch.baddbmm(dK, dA.mT, q)
     if w is None: return dq, dk, None, None
-    D, b = w.shape[-1], beta[..., None]
-    Y, Z = X[..., :D], X[..., D:]                                                     # T W and T stril(W K^T)
-    dqw = torch.bmm(dA, Z.mT).baddbmm_(dQ, Y.mT).masked_fill_(hidden, 0).neg_()
-    dX = torch.cat([torch.bmm(qw.mT, dQ).baddbmm_(w, dP), torch.bmm(qw.mT, dA).baddbmm_(w, dK.mT)], -1).neg_()
-    gram, wk = torch.bmm(w, w.mT), torch.bmm(w, k.mT).tril_(-1)
-    dR = torch.linalg.solve_triangular((b*gram).mT, dX, upper=True, unitriangular=True)   # of the right-hand side
-    dM = torch.bmm(dR, X.mT).tril_(-1).neg_()                                             # of the matrix
-    dbeta = (dR[..., :D]*w).sum(-1).add_((dR[..., D:]*wk).sum(-1)).add_((dM*gram).sum(-1))
-    dwk, dM = (dR[..., D:]*b).tril_(-1), dM.mul_(b)
-    dw = torch.bmm(Z, dK).baddbmm_(Y, dP.mT).neg_().addcmul_(dR[..., :D], b)
-    dw.baddbmm_(dM + dM.mT, w).baddbmm_(dqw.mT, q).baddbmm_(dwk, k)
-    return dq.baddbmm_(dqw, w), dk.baddbmm_(dwk.mT, w), dw, dbeta
+    (C, D), b, dQA = w.shape[1:], beta[..., None], torch.cat([dQ, dA], -1)
+    dqw = torch.bmm(dQA, X.mT).mul_(masks.seen)                                           # of -tril(Q W^T)
+    dX = torch.bmm(qw.mT, dQA)
+    dX.baddbmm_(w, torch.cat([dP, dK.mT], -1))                                            # of -X
+    wwk = torch.bmm(w, torch.cat([w, k], 1).mT)
+    gram, wk = wwk[..., :C], wwk[..., C:].tril_(-1)
+    dR = torch.linalg.solve_triangular((b*gram).mT, dX, upper=True, unitriangular=True)   # of minus the right-hand side
+    dM = torch.bmm(dR, X.mT).tril_(-1)                                                    # of the matrix
+    dbeta = (dM*gram).sum(-1).sub_((dR[..., :D]*w).sum(-1)).sub_((dR[..., D:]*wk).sum(-1))
+    dR, dM = dR.mul_(b), dM.mul_(b)
+    dw = torch.bmm(X, torch.cat([dP.mT, dK], 1)).add_(dR[..., :D]).neg_()
+    dwk = dR[..., D:].tril_(-1)
+    dw.baddbmm_(dM + dM.mT, w).sub_(torch.bmm(torch.cat([dqw, dwk.mT], 1).mT, torch.cat([q, k], 1)))
+    return dq.baddbmm_(dqw, w, alpha=-1), dk.baddbmm_(dwk.mT, w, alpha=-1), dw, dbeta
 
-def _softmax(A: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "Probabilities, output and log-sum-exp of masked logits"
+def _softmax(A: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    "Writes the output and the log-sum-exp of masked logits; returns the probabilities"
     p = A.softmax(-1)
-    return p, torch.bmm(p, v), A.amax(-1).sub_(p.amax(-1).log_())
+    torch.bmm(p, v, out=o)
+    torch.sub(A.amax(-1), p.amax(-1).log_(), out=lse)
+    return p
 
 # %% ../../nbs/05_path_attention/03_attention.ipynb #46eb0a7a
 def _columns(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,7 +210,7 @@ def _columns(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> tuple[torch.T
     own = torch.eye(r, dtype=q.dtype, device=q.device).repeat(q.shape[-2]//r, len(parts))
     return torch.cat([q, own.expand(*q.shape[:-1], -1)], -1), torch.cat([k, *parts], -1)
 
-# %% ../../nbs/05_path_attention/03_attention.ipynb #a290d6f6
+# %% ../../nbs/05_path_attention/03_attention.ipynb #0300174d
 def _pairs(s: _Sizes, level: Level, *tensors: torch.Tensor) -> Iterator[tuple[int, int, list[tuple[torch.Tensor, torch.Tensor]]]]:
     "Per batch of rectangles: number of its first pair, how many of its pairs have something after them, and (Left, Right) of each tensor"
     size, p, right = level
@@ -208,17 +230,21 @@ def _streams(x: torch.Tensor) -> range | list[slice]:
     "What is multiplied at once: one stream on a CPU, whose cache it fits; all on a GPU"
     return range(len(x)) if x.device.type == "cpu" else [slice(None)]
 
+def _normal(x: torch.Tensor, out: torch.Tensor) -> None:
+    "Write x to `out`, with 0 for what is so small that the product of two such is no normal number"
+    _aten.hardshrink.out(x, torch.finfo(x.dtype).tiny**.5, out=out)
+
 def _carry(x: torch.Tensor, P: torch.Tensor) -> None:
     "x <- x P in place, for x (N, pairs, rows, D) and P (N, pairs, D, D)"
     if x.shape[1]:
-        for i in _streams(x): x[i].copy_(x[i] @ P[i])
+        for i in _streams(x): _normal(x[i] @ P[i], x[i])
 
 def _carry_backward(dx: torch.Tensor, x: torch.Tensor, P: torch.Tensor, dP: torch.Tensor) -> None:
     "Of x P, in place: dP <- dP + x^T dx, dx <- dx P^T"
     if x.shape[1]:
         for i in _streams(x):
             dP[i].add_(x[i].mT @ dx[i])
-            dx[i].copy_(dx[i] @ P[i].mT)
+            _normal(dx[i] @ P[i].mT, dx[i])
 
 def _through(P: torch.Tensor, first: int, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Products of the Left and of the Right nodes of some pairs (a ragged Right has none)"
@@ -248,7 +274,9 @@ def _climb(s: _Sizes, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor, o: torc
                 _carry(k[:, :later], PR[:, :later].mT)
         if carry:
             products.append(P)
-            if 4*level.size < s.n: P = torch.matmul(*reversed(_through(P, 0, level.pairs)))
+            if 4*level.size < s.n:
+                P = torch.matmul(*reversed(_through(P, 0, level.pairs)))
+                _normal(P, P)
     return products
 
 def _descend(s: _Sizes, dO: torch.Tensor, V: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, products: list[torch.Tensor], c: torch.Tensor,
@@ -264,8 +292,8 @@ def _descend(s: _Sizes, dO: torch.Tensor, V: torch.Tensor, o: torch.Tensor, lse:
             dP = torch.zeros_like(P)
             if above is not None:
                 (PL, PR), (dL, dR) = _through(P, 0, level.pairs), _through(dP, 0, level.pairs)
-                dR += above @ PL.mT
-                dL += PR.mT @ above
+                _normal(above @ PL.mT, dR)
+                _normal(PR.mT @ above, dL)
         for first, later, ((_, dq), (dk, _), (dv, _), (dcl, _), (_, do), (v, _), (_, out), (_, l)) in reversed(list(
                 _pairs(s, level, dQ, dK, dV, dc, dO, V, o, lse))):
             shift, kx, qx = tape.pop(), tape.pop(), tape.pop()
@@ -282,7 +310,7 @@ def _descend(s: _Sizes, dO: torch.Tensor, V: torch.Tensor, o: torch.Tensor, lse:
             if r: dcl += gk[..., D:D + r]
     return dQ, dK, dV, dc, dP
 
-# %% ../../nbs/05_path_attention/03_attention.ipynb #368ba657
+# %% ../../nbs/05_path_attention/03_attention.ipynb #72433c41
 class _Saved(NamedTuple):
     "What the backward needs beside the inputs"
     s: _Sizes
@@ -307,14 +335,14 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor 
     ins = [None if x is None else _blocked(x, s) for x in (q, k, v, w, beta)]
     def new(*shape): return torch.empty(s.M, *shape, dtype=wide, device=q.device)
     Q, K, V, o, lse = new(s.C*s.r, s.D), new(s.C, s.D), new(s.C, s.V), new(s.C*s.r, s.V), new(s.C*s.r)
-    P, c, hidden, slabs = None if w is None else new(s.D, s.D), _running(gate, s, q.device), ~_visible(s, q.device), []
+    P, c, masks, slabs = None if w is None else new(s.D, s.D), _running(gate, s, q.device), _masks(s, wide, q.device), []
+    bq, bk, bv, bw, bb = ins
     for at, m in _slabs(s):
-        sq, sk, sv, sw, sb = (None if x is None else _take(x, at).to(wide) for x in ins)
-        A, X, qw = _leaves(sq*scale, sk, sw, sb, hidden, Q[m], K[m], None if P is None else P[m])
+        sq, sk, sw, sb = (None if x is None else _take(x, at).to(wide) for x in (bq, bk, bw, bb))
+        A, X, qw = _leaves(sq, sk, sw, sb, scale, masks, Q[m], K[m], None if P is None else P[m])
         if gate is not None: A.unflatten(1, (s.C, s.r)).add_((c[m][..., None] - c[m].mT[:, None]).to(wide))
-        p, o[m], lse[m] = _softmax(A.masked_fill_(hidden, -torch.inf), sv)
-        V[m] = sv
-        if save: slabs.append((p, X, qw))
+        p = _softmax(A.add_(masks.future), _copy(bv, at, V[m]), o[m], lse[m])
+        if save: slabs.append((p, X, None if qw is None else qw.contiguous()))         # a view would keep all four products
     leaf_lse, tape = (lse.clone(), []) if save else (None, None)
     products = _climb(s, *(None if x is None else x.unflatten(0, (s.N, s.n)) for x in (Q, K, V, o, lse, P, c)), half, tape)
     return _unblocked(o, s).to(v.dtype), _unblocked(lse, s), _Saved(s, V, o, lse, leaf_lse, c, *map(list, zip(*slabs)), products, tape) if save else None
@@ -325,7 +353,7 @@ def _backward(saved: _Saved, do: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
     s, V, o, lse, leaf_lse, c, ps, Xs, qws, products, tape = saved
     (wide, half), views = _types(v), _blocked(do, s)
     dO = torch.empty_like(o)
-    for at, m in _slabs(s): dO[m] = _take(views, at)
+    for at, m in _slabs(s): _copy(views, at, dO[m])
     delta = (dO*o).sum(-1)
     dQ, dK, dV, dc, dP = _descend(s, *(x.unflatten(0, (s.N, s.n)) for x in (dO, V, o, lse)), products, c.unflatten(0, (s.N, s.n)), half, tape)
     dQ, dK, dV, dc = (x.flatten(0, 1) for x in (dQ, dK, dV, dc))
@@ -333,20 +361,20 @@ def _backward(saved: _Saved, do: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
     ins = [None if x is None else _blocked(x, s) for x in (q, k, v, w, beta)]
     outs = [None if x is None else x.new_empty(s.B, s.n*s.C, *x.shape[2:]) for x in (q, k, v, w, beta)]
     whole = s._replace(T=s.n*s.C)
-    views, hidden = [None if x is None else _blocked(x, whole) for x in outs], ~_visible(s, q.device)
+    views, masks = [None if x is None else _blocked(x, whole) for x in outs], _masks(s, wide, q.device)
     for (at, m), p, X, qw in zip(_slabs(s), ps, Xs, qws):
         sq, sk, sv, sw, sb = (None if x is None else _take(x, at).to(wide) for x in ins)
         e = (leaf_lse[m] - lse[m]).exp_()                           # p is relative to the leaf, the gradient to the row
         g = dO[m]*e[..., None]
         dA = torch.bmm(g, sv.mT).sub_((delta[m]*e)[..., None]).mul_(p)
         if gate is not None: dc[m] += dA.unflatten(1, (s.C, s.r)).sum(1).mT
-        gq, gk, gw, gb = _leaves_backward(dA, dQ[m], dK[m], None if dP is None else dP[m], sq*scale, sk, sw, sb, X, qw, hidden)
-        for out, grad in zip(views, (gq.mul_(scale), gk, dV[m].baddbmm_(p.mT, g), gw, gb)):
+        gq, gk, gw, gb = _leaves_backward(dA.mul_(scale), dQ[m].mul_(scale), dK[m], None if dP is None else dP[m], sq, sk, sw, sb, X, qw, masks)
+        for out, grad in zip(views, (gq, gk, dV[m].baddbmm_(p.mT, g), gw, gb)):
             if out is not None: out[at].copy_(grad.view(out[at].shape))
     dg = None if gate is None else -_unblocked(dc.double().flatten(1), s).flip(1).cumsum(1).flip(1).to(gate.dtype)
     return [None if x is None else x[:, :s.T] for x in outs] + [dg]
 
-# %% ../../nbs/05_path_attention/03_attention.ipynb #3f509447
+# %% ../../nbs/05_path_attention/03_attention.ipynb #15595d94
 class _PathAttention(torch.autograd.Function):
     "The tree as one differentiable function"
     @staticmethod
@@ -359,9 +387,11 @@ class _PathAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        inputs, rest = ctx.saved_tensors[:6], list(ctx.saved_tensors[6:])
+        if torch.is_grad_enabled():                                  # create_graph=True
+            raise RuntimeError("the torch backend of path_attention is differentiable once; backend='naive' as often as wanted")
+        saved = ctx.saved_tensors                                  # asked for once: activation checkpointing gives them once
+        inputs, rest = saved[:6], list(saved[6:])
         fixed, *lists = ([rest.pop(0) for _ in range(n)] for n in ctx.lengths)
         with torch.autocast(do.device.type, enabled=False):
             return *_backward(_Saved(ctx.s, *fixed, *lists), do, *inputs, ctx.scale), None

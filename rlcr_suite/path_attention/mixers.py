@@ -21,7 +21,7 @@ class PathMixerState(NamedTuple):
     conv: torch.Tensor  # (B, width-1, H*D) the last inputs of the convolution; (B, 0, 0) without one
     cache: PathState
 
-# %% ../../nbs/05_path_attention/05_models.ipynb #d82b23ac
+# %% ../../nbs/05_path_attention/05_models.ipynb #941940f7
 class _PathMixer(Mixer):
     "What the three mixers share (@sec-layer)"
     transforms: ClassVar[bool] = True
@@ -78,6 +78,15 @@ class _PathMixer(Mixer):
         cache = PathCache(self.options["window"], scale_gate=self.options["scale_gate"], backend=self.options["backend"], state=state)
         o = cache.step(*inputs) if state is not None and inputs[0].shape[1] == 1 else cache.prefill(*inputs)
         return o, cache.state
+
+    def settle(self, state: PathMixerState) -> PathMixerState:
+        "All keys in one segment, as a prompt leaves them: rows that took a step cannot stand beside rows that took a chunk"
+        old = state.cache
+        def none(*shape): return old.k.new_zeros(len(old.t), 0, *shape)
+        H, D, V, HQ = *old.k.shape[2:], old.v.shape[-1], self.q_proj.out_features // self.head_dim
+        w, beta = (none(H, D), none(H)) if self.transforms else (None, None)
+        _, cache = self.remember([none(HQ, D), none(H, D), none(H, V), w, beta, none(HQ) if self.gated else None], old)
+        return state._replace(cache=cache)
 
 # %% ../../nbs/05_path_attention/05_models.ipynb #406a95a5
 @register_mixer("path")

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 # float32 rounding: sums over at most 300 tokens and 130 channels, each rounded once on the way in and once on the way out
 FORWARD, BACKWARD = 2e-6, 5e-6
-# bfloat16 keeps 8 bits (0.4%): operands of every product are rounded, sums are not, results are rounded once more
-BF16 = 1.5e-2
+# bfloat16 keeps 8 bits, and the interpreter truncates: 0.4% at every one of the some five roundings between an input and a gradient
+BF16 = 2e-2
 NAMES = ("q", "k", "v", "g", "lam", "beta")
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_poisoned_memory(interpreted, delta): interpreted(check_poison, delta)
 
 def check_order(delta):
     "Heads in another order give the same numbers in that order, and a second run the same bits"
-    args, perm = inputs(1, 33, 3, 3, 16, 16, 7, delta), torch.tensor([2, 0, 1])
+    args, perm = inputs(1, 18, 3, 3, 16, 16, 6, delta), torch.tensor([2, 0, 1])
     do = torch.randn(args[2].shape, generator=torch.Generator().manual_seed(1))
     first, second = (gradients(kernel(chunk=16), args, do) for _ in range(2))
     moved = gradients(kernel(chunk=16), [x[:, :, perm] for x in args], do[:, :, perm])
@@ -258,7 +258,7 @@ def check_same_keys():
     args[1], args[5] = args[1][:, :1].expand(-1, 64, -1, -1), torch.ones_like(args[5])
     do = torch.randn(args[2].shape, generator=torch.Generator().manual_seed(7))
     (o, grads), (want, wants) = gradients(kernel(chunk=64), args, do), gradients(masked, args, do)
-    assert relative(o, want) <= FORWARD and grads[3].abs().max() < 1e-6 and wants[3].abs().max() < 1e-12
+    assert relative(o, want) <= FORWARD and max(grads[3].abs().max(), wants[3].abs().max()) < 1e-5 # keys are of length one to 1e-7
     assert max(relative(a, b) for name, a, b in zip(NAMES, grads, wants) if name != "g") <= BACKWARD
     N = torch.ones(64, 64).tril(-1)
     powers, P = torch.eye(64) - N, N
@@ -278,13 +278,13 @@ def test_bfloat16(interpreted, delta): interpreted(check_bf16, delta)
 
 # -------------------------------------------------------------------------------------------------------------------- decoding
 
-def check_decode(delta, T=52, chunk=16):
+def check_decode(delta, T=40, chunk=16):
     "Token by token, several at once, from a state after any number of tokens, rows at different positions: the equation each time"
     from rlcr_suite.kernels.log_linear import log_linear_attention, log_linear_step
     call = lambda f, args, **kw: f(*args[:5], beta=args[5] if delta else None, **kw)
     step = lambda state, args, **kw: log_linear_step(state, *args[:5], beta=args[5] if delta else None, **kw)
     part = lambda args, a, b: [x[:, a:b] for x in args]
-    args = inputs(2, T, 1, 2, 24, 40, 8, delta)
+    args = inputs(2, T, 1, 1, 12, 20, 8, delta)
     want, state, out = masked(*args), None, []
     for t in range(T):
         o, state = step(state, part(args, t, t + 1), inplace=t % 2 == 1)
@@ -292,16 +292,16 @@ def check_decode(delta, T=52, chunk=16):
         used = (state[0] != 0).flatten(3).any(-1)[0, 0] # level 0, and the set bits of t
         assert used.sum() == t.bit_count() + 1 and (t == 0 or used.nonzero()[-1] == t.bit_length())
     assert relative(torch.cat(out, 1), want) <= FORWARD and state[1].tolist() == [T, T]
-    for first in (1, 33, 48):
+    for first in (1, 33):
         o, mid = call(log_linear_attention, part(args, 0, first), chunk=chunk, return_state=True)
         after, end = step(mid, part(args, first, T))
         assert relative(torch.cat([o, after], 1), want) <= FORWARD and relative(end[0], state[0]) <= FORWARD
-    # a batch whose rows stand at 5 and at 50
-    rows = [call(log_linear_attention, part([x[i:i + 1] for x in args], 0, n), chunk=chunk, return_state=True)[1] for i, n in ((0, 5), (1, 50))]
+    # a batch whose rows stand at 5 and at 34
+    rows = [call(log_linear_attention, part([x[i:i + 1] for x in args], 0, n), chunk=chunk, return_state=True)[1] for i, n in ((0, 5), (1, 34))]
     state = tuple(torch.cat(x) for x in zip(*rows))
-    nxt = [torch.cat([x[:1, 5:6], x[1:, 50:51]]) for x in args]
+    nxt = [torch.cat([x[:1, 5:6], x[1:, 34:35]]) for x in args]
     o, state = step(state, nxt)
-    assert relative(o, torch.cat([want[:1, 5:6], want[1:, 50:51]])) <= FORWARD and state[1].tolist() == [6, 51]
+    assert relative(o, torch.cat([want[:1, 5:6], want[1:, 34:35]])) <= FORWARD and state[1].tolist() == [6, 35]
 
 @pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
 def test_decoding_equals_prefill(interpreted, delta): interpreted(check_decode, delta)

@@ -42,7 +42,9 @@ def workshop(tmp_path_factory)->Path:
     "What nbdev needs, in a folder of its own"
     folder = tmp_path_factory.mktemp('workshop')
     for f in ('settings.ini', '_quarto.yml'): shutil.copy(ROOT/f, folder/f)
-    shutil.copytree(ROOT/'nbs', folder/'nbs', symlinks=True, ignore=BUILT)
+    for d in ('nbs', 'kernels'): shutil.copytree(ROOT/d, folder/d, symlinks=True, ignore=BUILT)
+    (folder/'rlcr_suite').mkdir()
+    (folder/'rlcr_suite'/'kernels').symlink_to('../kernels') # nbdev lists what it finds beside its own modules
     return folder
 
 def modules(package:Path)->dict[str, bytes]:

@@ -43,8 +43,10 @@ test: install browser ## every notebook, then every test
 	@$(MAKE) --no-print-directory notebooks
 	@$(MAKE) --no-print-directory pytest
 
+# A process runs one notebook after another, and Triton reads TRITON_INTERPRET only when it is first imported: the kernels' pages
+# need it set before any other page imports torch.
 notebooks: install ## run every notebook
-	$(CHECKED_ENV) $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
+	TRITON_INTERPRET=1 $(CHECKED_ENV) $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
 
 # One file stays in one process: its servers and its built site are made once.
 pytest: install ## the tests that notebooks cannot hold

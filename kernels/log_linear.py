@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+from .interpreter import why_not_here
 
 __all__ = ["log_linear_attention", "log_linear_step", "supports", "why_not", "aot_cases"]
 
@@ -787,10 +788,6 @@ class _LogLinear(torch.autograd.Function):
         if z.R > 1: dq, dk = (x.unflatten(2, (z.G, z.R)).sum(3).to(z.dtype) for x in (dq, dk))
         return dq, dk, dv, dg, dlam, dbeta if z.delta else None, None, None, None
 
-def _interpreted()->bool:
-    "Whether kernels run on the CPU (`TRITON_INTERPRET=1` when this module was imported)"
-    return not isinstance(_output_kernel, triton.JITFunction)
-
 def why_not(q:torch.Tensor, # (B,T,G,K)
             k:torch.Tensor, # (B,T,G,K)
             v:torch.Tensor, # (B,T,H,V)
@@ -798,7 +795,7 @@ def why_not(q:torch.Tensor, # (B,T,G,K)
             initial_state:object=None, # a state to continue from
            )->str: # the reason, or "" where the kernels do it
     "Why these inputs cannot be handed to the kernels (shapes that no backend takes are the business of `log_linear_attention`)."
-    if not (v.is_cuda or _interpreted()): return f"kernels need a GPU, or TRITON_INTERPRET=1 from the start; v is on {v.device}"
+    if reason := why_not_here(_output_kernel, v): return reason
     if not q.dtype == k.dtype == v.dtype: return f"q, k and v must have one type, got {q.dtype}, {k.dtype}, {v.dtype}"
     if v.dtype not in (torch.bfloat16, torch.float32): return f"bfloat16 or float32 wanted, got {v.dtype}: states outgrow float16, and tensor cores lack float64"
     if k.shape[-1] > MAX_K: return f"keys of at most {MAX_K} numbers, got {k.shape[-1]}"

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 from ..core.blocks import check_shapes, sequences
+from .interpreter import why_not_here
 
 __all__ = ['CHUNK', 'aot_cases', 'path_attention', 'path_attention_decode', 'supports', 'why_not']
 
@@ -767,10 +768,6 @@ def _running_grad(dc, coef, lengths):
     ends = np.repeat(np.cumsum(lengths), lengths)
     return (rest[..., :-1] - rest[..., torch.as_tensor(ends, device=dc.device)]).transpose(1, 2)
 
-def _interpreted() -> bool:
-    "Whether Triton was imported with TRITON_INTERPRET=1"
-    return not isinstance(_forward_kernel, triton.JITFunction)
-
 def why_not(q: torch.Tensor, # (B, T, HQ, D)
             k: torch.Tensor, # (B, T, H, D)
             v: torch.Tensor, # (B, T, H, D)
@@ -780,7 +777,7 @@ def why_not(q: torch.Tensor, # (B, T, HQ, D)
            ) -> str: # the reason, or "" where the kernels do it
     "Why the kernels do not take these tensors; shapes that no backend takes are the business of `path_attention`"
     given = [x for x in (q, k, v, w, beta, gate) if x is not None]
-    if not (q.is_cuda or _interpreted()): return f"the kernels need a GPU, or TRITON_INTERPRET=1 from the start; q is on {q.device}"
+    if reason := why_not_here(_forward_kernel, q): return reason
     if len({x.device for x in given}) > 1: return f"all tensors must be on one device, got {sorted({str(x.device) for x in given})}"
     if not q.dtype == k.dtype == v.dtype: return f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
     if any(x.dtype not in DTYPES for x in given): return f"float16, bfloat16 or float32 wanted, got {[x.dtype for x in given]}"

@@ -5,6 +5,7 @@ import pytest
 ASK = '''
 import os
 {first}
+import torch
 from rlcr_suite.kernels.log_linear import why_not
 x = torch.ones(1, 1, 1, 1)
 print(why_not(x, x, x))

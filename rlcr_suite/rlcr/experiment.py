@@ -17,7 +17,7 @@ import numpy as np
 from ..core import jobs as core
 from ..core.jobs import JobFailed
 
-# %% ../../nbs/01_rlcr/09_experiment.ipynb #b8447856
+# %% ../../nbs/01_rlcr/09_experiment.ipynb #e6f33d7e
 @dataclass(frozen=True)
 class Scale:
     "How much is run"
@@ -36,8 +36,8 @@ class Scale:
 MODEL = dict(hidden_size=128, layers=3, heads=4, intermediate_size=256, max_length=128)
 WARM_UP = dict(steps=220, batch=128)
 SCALES = {
-    'quick': Scale('quick', ('rlvr', 'rlcr'), (0, 1, 2), 'quick', {}, WARM_UP, 1000, 250, 16, 1000, MODEL),
-    'full':  Scale('full', ('rlvr', 'rlcr', 'sft_rlcr', 'log', 'group'), (0, 1, 2), 'full', {}, WARM_UP, 1000, 250, 16, 1000, MODEL),
+    'quick': Scale('quick', ('rlvr', 'rlcr'), (0, 1, 2), 'quick', {}, WARM_UP, 1000, 200, 16, 800, MODEL),
+    'full':  Scale('full', ('rlvr', 'rlcr', 'sft_rlcr', 'log', 'group'), (0, 1, 2), 'full', {}, WARM_UP, 1000, 200, 16, 800, MODEL),
     'test':  Scale('test', ('rlvr', 'rlcr'), (0, 1), 'quick', dict(max_steps=2, per_device_train_batch_size=32, gradient_accumulation_steps=1, save_steps=1),
                    dict(steps=80, batch=32, lr=6e-3, warmup_steps=10), 24, 6, 4, 80, dict(hidden_size=64, layers=2, heads=2, intermediate_size=128, max_length=128)),
 }

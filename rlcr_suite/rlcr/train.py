@@ -47,7 +47,7 @@ def confidence_game(p:Sequence[float], # success probability of each question, s
         logits += lr*push
     return (pi*grid).sum(1)
 
-# %% ../../nbs/01_rlcr/06_train.ipynb #fd7ceed1
+# %% ../../nbs/01_rlcr/06_train.ipynb #10b2b1b1
 @dataclass(frozen=True)
 class Preset:
     "Settings of a run, whatever machine it runs on"
@@ -60,7 +60,8 @@ class Preset:
 _SHARED = dict(beta=0., epsilon=.2, scale_rewards='none', loss_type='bnpo', num_iterations=1, max_grad_norm=1.)
 _PAPER = _SHARED | dict(num_generations=32, temperature=.7, seed=43, activation_checkpointing=True, logging_steps=1, save_steps=20)
 _WORLD = _SHARED | dict(num_generations=8, temperature=1., max_completion_length=28, learning_rate=6e-4, lr_scheduler_type='linear',
-                        warmup_steps=5, adam_beta2=.98, weight_decay=0., activation_checkpointing=False, logging_steps=1, save_steps=8)
+                        warmup_steps=5, adam_beta2=.98, weight_decay=0., activation_checkpointing=False, logging_steps=1, save_steps=8,
+                        cache_implementation='static') # of one size from the start: nothing is copied to make room for a token
 
 PRESETS = {
     'paper-hotpot': Preset(2048, 16, dict(style='paper'), _PAPER | dict(

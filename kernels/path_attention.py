@@ -15,6 +15,7 @@ w, beta and gate are read as fp32. What happens, with C = 64 tokens a leaf and N
 Saved for the backward pass: inputs, output and log-sum-exp, O(T). Alive during a pass: O(T log T) for the copies, N D^2 for the nodes.
 """
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 import math
 import numpy as np
@@ -629,7 +630,7 @@ def _key_prepare_grad_kernel(k, w, beta, leaf, inv, u, ds, sym, dy, dk_part, dw_
 # ------------------------------------------------------------------------------------------------------------- launching
 
 class Config(NamedTuple):
-    "Block sizes and pipelining of the kernels over rectangles; leaves and nodes take `warps` alone"
+    "Block sizes and pipelining"
     forward: tuple[int, int, int]  # keys a step, warps, stages
     queries: tuple[int, int, int]  # the same, gradient of queries
     keys: tuple[int, int, int]     # queries a step, warps, stages
@@ -639,11 +640,18 @@ class Config(NamedTuple):
 def config(dtype: torch.dtype, # of q, k, v
            BD: int, # head dim, rounded up to a power of two
            sm: int = 90, # compute capability times ten
+           gate: bool = False, # a gate needs registers
           ) -> Config: # what fits registers and shared memory
-    "Chosen by compiling ahead of time for sm_80, 90 and 100, so that nothing spills in the forward pass."
+    "Chosen by compiling ahead of time for sm_80, 90 and 100, so that nothing spills in the forward pass of 16-bit data."
     if dtype == torch.float32: return Config((32, 8, 1), (32, 8, 1), (32, 8, 1), 8, 'tf32x3')
     if BD <= 64: return Config((64, 4 if sm == 90 else 8, 3), (64, 8, 2), (64, 8, 2), 4 if sm >= 90 else 8, 'tf32')
-    return Config((64 if sm >= 90 else 32, 8, 2), (32, 8, 2), (32, 8, 2), 8, 'tf32')
+    return Config((32 if sm < 90 or sm >= 100 and gate else 64, 8, 2), (32, 8, 2), (32, 8, 2), 8, 'tf32')
+
+def leaf_length(dtype: torch.dtype) -> int:
+    "Tokens a leaf: a tile of two leaves has to fit shared memory, and fp32 is twice as wide"
+    return CHUNK//2 if dtype == torch.float32 else CHUNK
+
+def _query_warps(cfg: Config, sm: int) -> int: return 4 if sm >= 100 else cfg.warps # of `_query_prepare_kernel`: eight would spill there
 
 def _capability(x: torch.Tensor) -> int:
     "80, 90, 100, ...; the interpreter does as sm_90"
@@ -654,7 +662,7 @@ class _Pass:
     def __init__(self, q, k, gate, scale, scale_gate, lengths, chunk):
         self.B, self.T, self.HQ, self.D = q.shape
         self.H, self.C, self.BD = k.shape[2], chunk, max(16, triton.next_power_of_2(q.shape[-1]))
-        self.s, self.cfg = schedule(lengths, chunk, q.device), config(q.dtype, self.BD, _capability(q))
+        self.s, self.cfg = schedule(lengths, chunk, q.device), config(q.dtype, self.BD, _capability(q), gate is not None)
         self.scale, self.coef = scale, scale if scale_gate else 1.
         self.plane, self.gate = self.B*self.HQ*self.T, gate is not None
         self.sizes = dict(HQ=self.HQ, H=self.H, BD=self.BD, C=chunk)
@@ -676,7 +684,7 @@ class _Pass:
         wide = self.BD//self.node['BN']
         if s.nodes: _leaf_node_kernel[N, wide, B*H](w, y, s.leaf, p, self.T, N, s.nodes, BN=self.node['BN'], **one)
         _query_prepare_kernel[N, B*HQ](self.q, self.k, w, u, y, c, s.leaf, logits, qt, self.T, N, self.plane, self.scale*LOG2E, self.coef*LOG2E,
-                                       HQ=HQ, GATE=self.gate, **one)
+                                       HQ=HQ, GATE=self.gate, **one | dict(num_warps=_query_warps(self.cfg, _capability(w))))
         for j in s.joins: _compose_kernel[len(j), wide, B*H](p, j, s.nodes, num_stages=1, **self.node)
         xq, xk = self.tiles(HQ, max(s.q_slots, 1), self.q.dtype), self.tiles(H, max(s.k_slots, 1), self.q.dtype)
         one = dict(BD=self.BD, C=C, **self.leaf)
@@ -806,12 +814,13 @@ def path_attention(q: torch.Tensor, # (B, T, HQ, D) queries; fp16, bf16 or fp32 
                    scale: float | None = None, # of the logits; None is D**-0.5
                    scale_gate: bool = False, # multiply the gate's sums by `scale` too
                    cu_seqlens: torch.Tensor | None = None, # (N+1,) where packed sequences begin and end; needs B = 1
-                   chunk: int = CHUNK, # tokens a leaf: 16, 32 or 64; a GPU wants 64
+                   chunk: int | None = None, # tokens a leaf, 16, 32 or 64; None is 64, or 32 in fp32
                   ) -> torch.Tensor: # (B, T, HQ, D), dtype of q
     """PaTH attention by the Triton kernels (arXiv 2505.16381, Section 3). Gradients are bitwise reproducible. Raises `ValueError` if
     shapes do not fit, or if the kernels do not take the tensors (see `supports`)."""
     n = check_shapes(q=(q, "B T HQ D"), k=(k, "B T H D"), v=(v, "B T H D"), w=(w, "B T H D"), beta=(beta, "B T H"), gate=(gate, "B T HQ"))
     if n["HQ"] % n["H"]: raise ValueError(f"the query heads must be a multiple of the key heads, got HQ = {n['HQ']}, H = {n['H']}")
+    chunk = leaf_length(q.dtype) if chunk is None else chunk
     if chunk not in (16, 32, 64): raise ValueError(f"chunk must be 16, 32 or 64, got {chunk}")
     if why := why_not(q, k, v, w, beta, gate): raise ValueError(why)
     if cu_seqlens is not None and n["B"] != 1: raise ValueError(f"cu_seqlens needs B = 1, got B = {n['B']}")
@@ -941,26 +950,27 @@ def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16',
     kernels = (_prepare_kernel, _leaf_node_kernel, _query_prepare_kernel, _compose_kernel, _transport_kernel, _forward_kernel,
                _query_grad_kernel, _key_grad_kernel, _transport_grad_kernel, _node_grad_kernel, _split_kernel, _query_prepare_grad_kernel,
                _node_leaf_grad_kernel, _inverse_grad_kernel, _key_prepare_grad_kernel, _decode_kernel, _merge_kernel)
-    types = dict.fromkeys(('leaf', 'joins', 'ptr', 'steps', 'tiles', 'rects', 'sources', 'bounds'), '*i32') | dict(seen='*u8')
-    types |= dict.fromkeys(('scale', 'gscale'), 'fp32')
-    types |= dict.fromkeys(('T', 'N', 'S', 'B', 'W', 'P', 'nodes', 'slots', 'q_slots', 'k_slots', 'plane', 'splits'), 'i32')
+    plain = dict.fromkeys(('leaf', 'joins', 'ptr', 'steps', 'tiles', 'rects', 'sources', 'bounds'), '*i32') | dict(seen='*u8')
+    plain |= dict.fromkeys(('scale', 'gscale'), 'fp32')
+    plain |= dict.fromkeys(('T', 'N', 'S', 'B', 'W', 'P', 'nodes', 'slots', 'q_slots', 'k_slots', 'plane', 'splits'), 'i32')
     found = []
     for dtype in dtypes:
         data = dict.fromkeys(('q', 'k', 'v', 'o', 'do', 'dq', 'xq', 'xk', 'keys', 'values'), f'*{dtype}')
         own = {'transport': dict(out=f'*{dtype}'), 'key_prepare_grad': dict(dk=f'*{dtype}'),
                'decode': dict(q='*fp32', c='*fp64', total='*fp64'), 'merge': dict(o='*fp32')}
-        for D in dims:
+        kind = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[dtype]
+        for D, gate in product(dims, gates):
             BD = max(16, triton.next_power_of_2(D))
-            cfg = config(dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[dtype], BD, sm)
-            const = dict(HQ=32, H=8, D=D, BD=BD, C=CHUNK, SAVE=True, KEYS=True, DV=D, BV=BD, BR=16, BS=64, PREC=cfg.prec)
+            cfg = config(kind, BD, sm, gate)
+            const = dict(HQ=32, H=8, R=4, D=D, BD=BD, DV=D, BV=BD, C=leaf_length(kind), BR=16, BS=64, SAVE=True, KEYS=True, GATE=gate, PREC=cfg.prec)
             how = {'forward': (cfg.forward, 'BN'), 'query_grad': (cfg.queries, 'BN'), 'key_grad': (cfg.keys, 'BM'), 'merge': ((64, 4, 3), 'BN'),
-                   'decode': ((_decode_step(BD, BD), 4, 2), 'BN'), 'inverse_grad': ((64, 8, 1), 'BN'), 'key_prepare_grad': ((min(32, BD), cfg.warps, 1), 'BN')}
+                   'decode': ((_decode_step(BD, BD), 4, 2), 'BN'), 'inverse_grad': ((64, 8, 1), 'BN'), 'key_prepare_grad': ((min(32, BD), cfg.warps, 1), 'BN'),
+                   'query_prepare': ((64, _query_warps(cfg, sm), 1), 'BN')}
             for kernel in kernels:
                 name = kernel.__name__.strip('_').removesuffix('_kernel')
+                if gate != gates[0] and 'GATE' not in kernel.arg_names: continue # compiled already
                 (block, warps, stages), letter = how.get(name, ((min(64, BD), cfg.warps, 1), 'BN'))
-                for gate in gates if 'GATE' in kernel.arg_names else (False,):
-                    values = const | {letter: block, 'GATE': gate, 'R': 4}
-                    values = {a: x for a, x in values.items() if a in kernel.arg_names}
-                    kinds = {a: (types | data | own.get(name, {})).get(a, '*fp32') for a in kernel.arg_names if a not in values}
-                    found.append(Case(f"{name} {dtype} d{D}" + ' gate'*gate, kernel, kinds, values, warps, stages))
+                values = {a: x for a, x in (const | {letter: block}).items() if a in kernel.arg_names}
+                types = {a: (plain | data | own.get(name, {})).get(a, '*fp32') for a in kernel.arg_names if a not in values}
+                found.append(Case(f"{name} {dtype} d{D}" + ' gate'*gate, kernel, types, values, warps, stages))
     return found

@@ -1,9 +1,9 @@
-"""PaTH's Triton kernels: values and every gradient against the recurrence in float64, decoding against prefill, and the machine code.
+"""PaTH's Triton kernels: values and every gradient against the recurrence in float64, decoding against prefill.
 
 Triton decides on import whether it interprets, so the cases run in a process of their own, `python tests/test_kernels_path.py`: interpreted
 where there is no GPU, compiled where there is one. There every buffer is born full of NaN, and the inputs lie between NaNs."""
 import json, math, os, subprocess, sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 import pytest
 
@@ -19,10 +19,10 @@ class Case:
     dtype: str = 'float32'
 
 CASES = dict(
-    one=Case(1, gate=.1), leaf=Case(16), two=Case(17, gate=.5), pair=Case(32, HQ=2), three=Case(33), four=Case(64), ragged=Case(75, gate=.1),
-    high=Case(150, HQ=2, D=24, gate=.1, scale_gate=True), batch=Case(100, B=2, HQ=4, H=2, D=20, gate=.1), mqa=Case(70, HQ=3, D=32, scale=.3),
-    forgetful=Case(90, gate=1e-30), reflections=Case(130, beta=(1.9, 2.)), middle=Case(100, chunk=32), large=Case(200, D=64, chunk=64, gate=.5),
-    packed=Case(150, HQ=2, gate=.1, cu=(0, 17, 17, 82, 83, 131, 150)), half=Case(90, HQ=2, H=1, gate=.5, dtype='float16'))
+    one=Case(1, gate=.1), two=Case(17, gate=.5), three=Case(48), ragged=Case(75, gate=.1), high=Case(140, D=24, gate=.1, scale_gate=True),
+    batch=Case(40, B=2, HQ=4, H=2, D=20, gate=.1), mqa=Case(35, HQ=3, D=32, scale=.3), forgetful=Case(50, gate=1e-30),
+    reflections=Case(80, beta=(1.9, 2.)), middle=Case(100, chunk=32), large=Case(200, D=64, chunk=64, gate=.5),
+    packed=Case(100, gate=.1, cu=(0, 17, 17, 50, 51, 100)), half=Case(50, HQ=2, H=1, gate=.5, dtype='float16'))
 NAMES = ('q', 'k', 'v', 'w', 'beta', 'gate')
 
 # ------------------------------------------------------------------------------------------------- in a process of its own
@@ -97,7 +97,7 @@ def against_fla(device):
     import warnings
     warnings.filterwarnings('ignore')
     from fla.ops.path_attn.naive import naive_path_attn
-    case = Case(150, HQ=2, D=32, gate=.5, scale_gate=True)
+    case = Case(100, D=32, gate=.5, scale_gate=True)
     x, do = draw(case, device)
     ours = graded(kernel, x, do, chunk=16, scale_gate=True)
     true = graded(partial(naive_path_attn, scale=32**-.5), x, do)
@@ -107,7 +107,7 @@ def packed_apart(device):
     "Packed sequences against each of them alone: the largest difference, without and with a gate"
     import torch
     def difference(gate):
-        case = Case(90, gate=gate, cu=(0, 17, 17, 66, 90))
+        case = Case(60, gate=gate, cu=(0, 17, 17, 50, 60))
         x, do = draw(case, device)
         together = graded(kernel, x, do, chunk=16, **options(case))
         spans = [slice(a, b) for a, b in zip(case.cu, case.cu[1:]) if a < b]
@@ -118,9 +118,9 @@ def packed_apart(device):
 def far_decay(device):
     """A running sum of log f so large that its differences are lost in fp32: the error after it, and what fp32 would make of it"""
     import torch
-    case = Case(100, gate=.5)
+    case = Case(60, gate=.5)
     x, do = draw(case, device)
-    x[5][:, 40] = -1e7                                # forgets everything; what follows must not notice
+    x[5][:, 20] = -1e7                                # forgets everything; what follows must not notice
     ours, true = graded(kernel, x, do, chunk=16), graded(recurrence, [t.double() for t in x], do)
     lost = recurrence(*x)
     return dict(o=rel(ours[0], true[0]), gate=rel(ours[6], true[6]), single=rel(lost, true[0]))
@@ -128,10 +128,10 @@ def far_decay(device):
 def repeats(device):
     "Twice the same, and with the heads in another order: whether every number is the same bit for bit"
     import torch
-    case = Case(150, HQ=4, H=4, gate=.1)
+    case = Case(50, HQ=3, H=3, gate=.1)
     x, do = draw(case, device)
     a, b = (graded(kernel, x, do, chunk=16) for _ in range(2))
-    order = torch.tensor([2, 0, 3, 1], device=device)
+    order = torch.tensor([2, 0, 1], device=device)
     c = graded(kernel, [t[:, :, order] for t in x], do[:, :, order], chunk=16)
     return dict(again=all(map(torch.equal, a, b)), permuted=all(torch.equal(s[:, :, order], t) for s, t in zip(a, c)))
 
@@ -192,8 +192,8 @@ def measure():
     assert torch.empty(3).isnan().all()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     jobs = {name: partial(against_recurrence, case) for name, case in CASES.items()}
-    jobs |= dict(fla=against_fla, apart=packed_apart, far=far_decay, repeats=repeats, refused=refused, decode=decoded, decode_half=partial(decoded, dtype='float16'),
-                 decode_rewriting=partial(decoded, gate=False, T=40, window=0))
+    jobs |= dict(fla=against_fla, apart=packed_apart, far=far_decay, repeats=repeats, refused=refused, decode=decoded, decode_half=partial(decoded, T=40, dtype='float16'),
+                 decode_rewriting=partial(decoded, gate=False, T=30, window=0))
     for name in sys.argv[1:] or jobs:
         try: found = jobs[name](device=device)
         except Exception: found = dict(failed=traceback.format_exc()[-1500:])
@@ -242,7 +242,7 @@ def test_far_decay(measured):
 def test_repeats(measured):
     assert measured['repeats'] == dict(again=True, permuted=True)
 
-@pytest.mark.parametrize('name, tolerance, parts', [('decode', 2e-6, [2, 3, 4]), ('decode_half', 2e-3, [2, 3, 4]), ('decode_rewriting', 2e-6, [1])])
+@pytest.mark.parametrize('name, tolerance, parts', [('decode', 2e-6, [2, 3, 4]), ('decode_half', 2e-3, [2, 3]), ('decode_rewriting', 2e-6, [1])])
 def test_decode(measured, name, tolerance, parts):
     "A step equals the whole at once, from caches of one to four parts, and skips slots that do not count"
     got = measured[name]
@@ -258,25 +258,5 @@ def test_refusals(measured):
     assert set(got['words']) == set(said)
     for name, words in said.items(): assert words in got['words'][name], (name, got['words'][name])
     assert got['fits'] and got['empty'] and not got['wide']
-
-# --------------------------------------------------------------------------------------------------------- the machine code
-
-BACKWARD = ('query_grad', 'key_grad', 'transport_grad', 'node_grad', 'split', 'query_prepare_grad', 'node_leaf_grad', 'inverse_grad', 'key_prepare_grad')
-SPILLED = {80: 1280, 90: 64, 100: 1280} # bytes a thread that any backward kernel may store and load for want of registers
-
-@pytest.mark.parametrize('sm, dims, gates', [(80, [128], [False]), (90, [64], [True]), (90, [128], [False]), (100, [128], [False])])
-def test_machine_code(sm, dims, gates):
-    "Compiled for GPUs that are not here: it fits shared memory, nothing in the forward or decoding spills, and tensor cores do the products"
-    pytest.importorskip('triton')
-    from rlcr_suite.kernels.aot import SHARED_LIMIT, report
-    rows = report('rlcr_suite.kernels.path_attention', [sm], dims=dims, gates=gates, sm=sm)
-    assert len(rows) == 17
-    for row in rows:
-        kernel, spilled = row['label'].split()[0], row['spill_stores'] + row['spill_loads']
-        print(f"{row['label']:36} sm_{sm}: {row['registers']} registers, {spilled} bytes spilled, {row['shared']} bytes shared")
-        assert row['shared'] <= SHARED_LIMIT[sm] and row['resident'] >= 1, row
-        assert spilled <= (SPILLED[sm] if kernel in BACKWARD else 0), row
-        wanted = {80: 'mma', 90: 'wgmma', 100: 'tcgen05'}[sm]
-        if kernel in ('forward', 'query_grad', 'key_grad'): assert row['matmul'] == wanted, row
 
 if __name__ == '__main__': measure()

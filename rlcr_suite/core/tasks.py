@@ -228,7 +228,7 @@ class Scores(NamedTuple):
         "What the model loses beyond the optimum, nats"
         return self.loss - self.optimum
 
-# %% ../../nbs/00_core/10_tasks.ipynb #a64cae01
+# %% ../../nbs/00_core/10_tasks.ipynb #8e514016
 @torch.no_grad()
 def score(model, # any causal language model with logits over at least `task.tokens`
           task:Task, # what to score it on
@@ -240,7 +240,7 @@ def score(model, # any causal language model with logits over at least `task.tok
     try:
         for i in range(0, len(task), batch):
             x, y = (t[i:i + batch].to(device) for t in (task.input_ids, task.labels))
-            logits, y = model(input_ids=x).logits[:, :-1].float(), y[:, 1:]
+            logits, y = model(input_ids=x, use_cache=False).logits[:, :-1].float(), y[:, 1:]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction='none', ignore_index=-100).view(y.shape)
             parts.append(torch.stack([loss, (logits.argmax(-1) == y).float()]).masked_fill(y == -100, torch.nan).cpu())
     finally: model.train(was)

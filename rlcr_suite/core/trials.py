@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'TEST_SEED', 'MEASURES', 'TABLES', 'Number', 'generator', 'Scale', 'rows', 'Trial', 'Measured', 'interval',
-           'Evidence', 'collect', 'write_evidence', 'read_evidence', 'stored', 'decide', 'publish']
+           'Evidence', 'collect', 'write_evidence', 'read_evidence', 'stored', 'decide', 'publish', 'benchmark',
+           'timed']
 
 # %% ../../nbs/00_core/12_trials.ipynb #54a22bea
 from collections.abc import Callable, Mapping, Sequence
@@ -216,3 +217,24 @@ def publish(e:Evidence, # an experiment
         decided = [full[c.id] if c.ours is None else c for c in decided]
     write(paper, decided, path=path)
     return decided
+
+# %% ../../nbs/00_core/12_trials.ipynb #9f2c3134
+def benchmark(name:str, # of the script
+              device:str='cpu',
+             )->dict|None: # its record; the stamp of a claim under `stamp`, the file under `evidence`
+    "A stored benchmark of this checkout, if there is one"
+    import json, subprocess
+    from rlcr_suite.core.records import checkout
+    root, file = checkout(), f'benchmarks/results/{device}/{name}.json'
+    if not root or not (root/file).exists(): return None
+    b = json.loads((root/file).read_text())
+    try: commit, date = subprocess.run(['git', 'log', '-1', '--format=%H %cs', '--', file], cwd=root, capture_output=True, text=True, timeout=20).stdout.split()
+    except (OSError, ValueError, subprocess.TimeoutExpired): return None # never committed: nobody knows of what code it speaks
+    stamp = dict(hardware=f"{b['hardware']}, {b['threads']} thread{'s'*(b['threads'] != 1)}", versions=b['versions'], commit=commit, date=date)
+    return b | dict(stamp=stamp, evidence=file)
+
+def timed(b:dict, # from `benchmark`
+          value:float, low:float, high:float, # a ratio or an exponent, and its range over the repeats
+         )->dict: # arguments of `Claim.decide`
+    "A speed as evidence; the range of the repeats stands for the interval"
+    return dict(ours=Interval(value, low, high, b['repeats']), scale='gpu' if b['device'] != 'cpu' else 'full', evidence=b['evidence'], stamp=b['stamp'])

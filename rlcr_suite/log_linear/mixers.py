@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['wide', 'Levels', 'MixerState', 'Recurrent', 'Mamba2', 'LogLinearMamba2', 'GatedDeltaNet', 'LogLinearGDN']
 
-# %% ../../nbs/03_log_linear/05_models.ipynb #8ef4e47f
+# %% ../../nbs/03_log_linear/05_models.ipynb #5fd96f35
 from typing import Any, ClassVar, NamedTuple
+import math
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -41,7 +42,7 @@ class Levels(nn.Module):
                ) -> torch.Tensor: # (B, T, H, L)
         return F.softplus(wide(self.scale) * wide(self.proj(x)).unflatten(-1, self.scale.shape))
 
-# %% ../../nbs/03_log_linear/05_models.ipynb #dd1954d7
+# %% ../../nbs/03_log_linear/05_models.ipynb #c9c98f5f
 class MixerState(NamedTuple):
     "What a row remembers"
     conv: torch.Tensor # (B, width-1, channels) last inputs of the convolution
@@ -49,7 +50,7 @@ class MixerState(NamedTuple):
 
 class Recurrent(Mixer):
     "What the four layers share (@sec-shared): a subclass says how a token becomes q, k, v, g and beta, and what becomes of the output."
-    defaults: ClassVar[dict[str, Any]] = {"conv_width": 4, "state_dim": None}
+    defaults: ClassVar[dict[str, Any]] = {"conv_width": 4, "state_dim": None, "A_init_range": (1., 16.), "dt_min": .001, "dt_max": .1}
     levelled: ClassVar[bool] = False
 
     def __init__(self, config: DecoderConfig, layer: int):
@@ -57,6 +58,8 @@ class Recurrent(Mixer):
         self.H, self.G, self.V = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.K = self.options["state_dim"] or self.V
         if self.K < 1 or self.options["conv_width"] < 1: raise ValueError(f"state_dim and conv_width must be at least 1, got {self.K} and {self.options['conv_width']}")
+        low, high, least, most = *self.options["A_init_range"], self.options["dt_min"], self.options["dt_max"]
+        if not (0 < low <= high and 0 < least <= most): raise ValueError(f"A_init_range and dt_min to dt_max must be positive ranges, got {low} to {high} and {least} to {most}")
         self.split = [self.G*self.K, self.G*self.K, self.H*self.V]
         self.conv = ShortConv(sum(self.split), self.options["conv_width"])
         self.norm = nn.RMSNorm(self.V, eps=config.rms_norm_eps)
@@ -66,9 +69,10 @@ class Recurrent(Mixer):
         self.init_parameters()
 
     def init_parameters(self) -> None:
-        "As in Mamba-2: rates of decay uniform in [1, 16], steps log-uniform in [0.001, 0.1]"
-        init.copy_(self.A_log, torch.empty(self.H).uniform_(1, 16).log())
-        dt = torch.empty(self.H).uniform_(-6.9078, -2.3026).exp()              # ln 0.001, ln 0.1
+        "As in Mamba-2: rates of decay uniform in `A_init_range`, steps log-uniform from `dt_min` to `dt_max`"
+        o = self.options
+        init.copy_(self.A_log, torch.empty(self.H).uniform_(*o["A_init_range"]).log())
+        dt = torch.empty(self.H).uniform_(math.log(o["dt_min"]), math.log(o["dt_max"])).exp()
         init.copy_(self.dt_bias, dt + (-(-dt).expm1()).log())                  # softplus(dt_bias) = dt
 
     def local(self, qkv: torch.Tensor, state: MixerState | None, cu_seqlens, return_state: bool) -> tuple[list[torch.Tensor], torch.Tensor | None]:
@@ -89,10 +93,10 @@ class Recurrent(Mixer):
         out = log_linear_attention(q, k, v, g, lam, beta=beta, initial_state=memory, return_state=return_state, cu_seqlens=cu_seqlens)
         return out if return_state else (out, None)
 
-# %% ../../nbs/03_log_linear/05_models.ipynb #3c90e6b5
+# %% ../../nbs/03_log_linear/05_models.ipynb #bcb3d062
 @register_mixer("mamba2")
 class Mamba2(Recurrent):
-    "Mamba-2 (@eq-mamba; Dao & Gu 2024). Options: `conv_width`, `state_dim`."
+    "Mamba-2 (@eq-mamba; Dao & Gu 2024). Options: `conv_width`, `state_dim`, `A_init_range`, `dt_min`, `dt_max`."
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__(config, layer)
         self.in_proj = nn.Linear(config.hidden_size, sum(self.split) + self.H*self.V + self.H, bias=False)
@@ -118,10 +122,10 @@ class LogLinearMamba2(Mamba2):
     "Mamba-2 with levels: the same layer, and @eq-lambda."
     levelled = True
 
-# %% ../../nbs/03_log_linear/05_models.ipynb #79ffd190
+# %% ../../nbs/03_log_linear/05_models.ipynb #ae7a9bda
 @register_mixer("gated_deltanet")
 class GatedDeltaNet(Recurrent):
-    "Gated DeltaNet (@eq-gdn; Yang et al. 2024). Options: `conv_width`, `state_dim`, `negative` (beta up to 2)."
+    "Gated DeltaNet (@eq-gdn; Yang et al. 2024). Options: those of `Mamba2`, and `negative` (beta up to 2)."
     defaults = Recurrent.defaults | {"negative": False}
 
     def __init__(self, config: DecoderConfig, layer: int):

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['BACKENDS', 'backend_for', 'path_attention']
 
-# %% ../../nbs/05_path_attention/03_attention.ipynb #aebdf2f2
+# %% ../../nbs/05_path_attention/03_attention.ipynb #4c495774
 import importlib
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..core.blocks import Level, check_shapes, halves, levels, packed
 from .transport import naive_path_attention
 
@@ -139,23 +140,25 @@ def _copy(x: torch.Tensor, at: tuple[slice, slice, slice], out: torch.Tensor) ->
     out.view(x.shape).copy_(x)
     return out
 
-# %% ../../nbs/05_path_attention/03_attention.ipynb #508c312d
+# %% ../../nbs/05_path_attention/03_attention.ipynb #8bcaf0b8
 class _Masks(NamedTuple):
     "Masks of a block, as numbers: adding and multiplying is several times faster than `masked_fill`"
     seen: torch.Tensor   # (C r, C) 1 where a query row sees the key's token, else 0
     future: torch.Tensor # (C r, C) 0 and -inf
-    gram: torch.Tensor   # (C r + C, 2 C) of the products of (q, w) with (w, k)
+
+def _tril(x: torch.Tensor, masks: _Masks) -> torch.Tensor:
+    "Zero, in place, what a query row of x (blocks, C r, C) does not see"
+    return x.tril_() if masks.seen.shape[0] == masks.seen.shape[1] else x.mul_(masks.seen)
 
 def _masks(s: _Sizes, dtype: torch.dtype, device: torch.device) -> _Masks:
     t = torch.arange(s.C, device=device)
-    seen, before = ((x[:, None] - t >= d).to(dtype) for x, d in ((t.repeat_interleave(s.r), 0), (t, 1)))
-    gram = torch.cat([torch.cat([seen, torch.ones_like(seen)], 1), torch.cat([torch.ones_like(before), before], 1)])
-    return _Masks(seen, torch.zeros_like(seen).masked_fill(seen == 0, -torch.inf), gram)
+    seen = (t.repeat_interleave(s.r)[:, None] >= t).to(dtype)
+    return _Masks(seen, torch.zeros_like(seen).masked_fill(seen == 0, -torch.inf))
 
-def _gram(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+def _gram(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, masks: _Masks) -> tuple[torch.Tensor, ...]:
     "tril(Q W^T), Q K^T, W W^T and stril(W K^T), from one product: four small ones would be slower"
-    C, S = k.shape[1], torch.bmm(torch.cat([q, w], 1), torch.cat([w, k], 1).mT).mul_(mask)
-    return [S[:, :-C, :C], S[:, :-C, C:], S[:, -C:, :C], S[:, -C:, C:]]
+    C, S = k.shape[1], torch.bmm(torch.cat([q, w], 1), torch.cat([w, k], 1).mT)
+    return _tril(S[:, :-C, :C], masks), S[:, :-C, C:], S[:, -C:, :C], S[:, -C:, C:].tril_(-1)
 
 def _leaves(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor | None, beta: torch.Tensor | None, scale: float, masks: _Masks,
             Q: torch.Tensor, K: torch.Tensor, P: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -164,7 +167,7 @@ def _leaves(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor | None, beta: torc
         torch.mul(q, scale, out=Q); K.copy_(k)
         return torch.bmm(Q, k.mT), None, None
     D, b = w.shape[-1], beta[..., None]
-    qw, A, ww, wk = _gram(q, k, w, masks.gram)
+    qw, A, ww, wk = _gram(q, k, w, masks)
     X = torch.cat([w, wk], -1).mul_(b)
     X = torch.linalg.solve_triangular(ww.mul_(b), X, upper=False, unitriangular=True)     # reads what is strictly below the diagonal
     torch.baddbmm(q, qw, X[..., :D], beta=scale, alpha=-scale, out=Q)
@@ -179,7 +182,7 @@ def _leaves_backward(dA: torch.Tensor, dQ: torch.Tensor, dK: torch.Tensor, dP: t
     dq, dk = torch.baddbmm(dQ, dA, k), torch.baddbmm(dK, dA.mT, q)
     if w is None: return dq, dk, None, None
     (C, D), b, dQA = w.shape[1:], beta[..., None], torch.cat([dQ, dA], -1)
-    dqw = torch.bmm(dQA, X.mT).mul_(masks.seen)                                           # of -tril(Q W^T)
+    dqw = _tril(torch.bmm(dQA, X.mT), masks)                                              # of -tril(Q W^T)
     dX = torch.bmm(qw.mT, dQA)
     dX.baddbmm_(w, torch.cat([dP, dK.mT], -1))                                            # of -X
     wwk = torch.bmm(w, torch.cat([w, k], 1).mT)
@@ -210,7 +213,7 @@ def _columns(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> tuple[torch.T
     own = torch.eye(r, dtype=q.dtype, device=q.device).repeat(q.shape[-2]//r, len(parts))
     return torch.cat([q, own.expand(*q.shape[:-1], -1)], -1), torch.cat([k, *parts], -1)
 
-# %% ../../nbs/05_path_attention/03_attention.ipynb #0300174d
+# %% ../../nbs/05_path_attention/03_attention.ipynb #5c708c6f
 def _pairs(s: _Sizes, level: Level, *tensors: torch.Tensor) -> Iterator[tuple[int, int, list[tuple[torch.Tensor, torch.Tensor]]]]:
     "Per batch of rectangles: number of its first pair, how many of its pairs have something after them, and (Left, Right) of each tensor"
     size, p, right = level
@@ -226,9 +229,12 @@ def _unfold(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     "(N pairs, 1, rows, ...) -> (N, pairs, rows, ...)"
     return x.reshape(*like.shape[:2], *x.shape[2:])
 
-def _streams(x: torch.Tensor) -> range | list[slice]:
-    "What is multiplied at once: one stream on a CPU, whose cache it fits; all on a GPU"
-    return range(len(x)) if x.device.type == "cpu" else [slice(None)]
+def _cached(x: torch.Tensor) -> Iterator[tuple[int | slice, slice, slice]]:
+    "Parts of x (N, pairs, rows, D) that are carried at once: on a CPU as many numbers as stay in its cache, all on a GPU"
+    (N, pairs, rows, D), size = x.shape, max(1, 2**17 // x.shape[3])
+    if x.device.type != "cpu" or not pairs: return iter([(slice(None),)*3] if pairs else [])
+    step = max(1, size // rows)
+    return ((i, slice(a, a + step), slice(b, b + size)) for i in range(N) for a in range(0, pairs, step) for b in range(0, rows, size))
 
 def _normal(x: torch.Tensor, out: torch.Tensor) -> None:
     "Write x to `out`, with 0 for what is so small that the product of two such is no normal number"
@@ -236,15 +242,14 @@ def _normal(x: torch.Tensor, out: torch.Tensor) -> None:
 
 def _carry(x: torch.Tensor, P: torch.Tensor) -> None:
     "x <- x P in place, for x (N, pairs, rows, D) and P (N, pairs, D, D)"
-    if x.shape[1]:
-        for i in _streams(x): _normal(x[i] @ P[i], x[i])
+    for i, a, b in _cached(x): _normal(x[i, a][..., b, :] @ P[i, a], x[i, a][..., b, :])
 
 def _carry_backward(dx: torch.Tensor, x: torch.Tensor, P: torch.Tensor, dP: torch.Tensor) -> None:
     "Of x P, in place: dP <- dP + x^T dx, dx <- dx P^T"
-    if x.shape[1]:
-        for i in _streams(x):
-            dP[i].add_(x[i].mT @ dx[i])
-            _normal(dx[i] @ P[i].mT, dx[i])
+    for i, a, b in _cached(dx):
+        y, dy = x[i, a][..., b, :], dx[i, a][..., b, :]
+        dP[i, a] += y.mT @ dy
+        _normal(dy @ P[i, a].mT, dy)
 
 def _through(P: torch.Tensor, first: int, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Products of the Left and of the Right nodes of some pairs (a ragged Right has none)"
@@ -310,13 +315,19 @@ def _descend(s: _Sizes, dO: torch.Tensor, V: torch.Tensor, o: torch.Tensor, lse:
             if r: dcl += gk[..., D:D + r]
     return dQ, dK, dV, dc, dP
 
-# %% ../../nbs/05_path_attention/03_attention.ipynb #72433c41
-class _Saved(NamedTuple):
-    "What the backward needs beside the inputs"
-    s: _Sizes
-    V: torch.Tensor; o: torch.Tensor; lse: torch.Tensor; leaf_lse: torch.Tensor; c: torch.Tensor
-    p: torch.Tensor; X: torch.Tensor | None; qw: torch.Tensor | None
-    products: list; tape: list
+# %% ../../nbs/05_path_attention/03_attention.ipynb #54fa060a
+def _portions(s: _Sizes, device: torch.device) -> Iterator[tuple[tuple[slice, slice], slice]]:
+    "Streams that are worked on together: where they are in (B, H), and their blocks in M"
+    size = max(1, 2**14 // s.T) if device.type == "cpu" else s.N
+    rows, heads = (1, size) if size < s.H else (size//s.H, s.H)
+    for b in range(0, s.B, rows):
+        for h in range(0, s.H, heads):
+            end = (min(b + rows, s.B) - 1)*s.H + min(h + heads, s.H)
+            yield (slice(b, b + rows), slice(h, h + heads)), slice((b*s.H + h)*s.n, end*s.n)
+
+def _cut(x: torch.Tensor | None, at: tuple[slice, slice], s: _Sizes) -> torch.Tensor | None:
+    "A portion of (B, T, H r, ...)"
+    return None if x is None else x.unflatten(2, (s.H, -1))[at[0], :, at[1]].flatten(2, 3)
 
 def _running(gate: torch.Tensor | None, s: _Sizes, device: torch.device) -> torch.Tensor:
     "Running sums of the gate: (M, C, r) in float64, with r = 0 where there is no gate"
@@ -328,15 +339,23 @@ def _types(v: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
     wide = torch.promote_types(v.dtype, torch.float32)
     return wide, v.dtype if v.dtype.itemsize < 4 else wide
 
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor | None, beta: torch.Tensor | None, gate: torch.Tensor | None,
-             scale: float, save: bool = False) -> tuple[torch.Tensor, torch.Tensor, _Saved | None]:
-    "The output, its log-sum-exp (B, T, HQ), and what the backward needs"
+# %% ../../nbs/05_path_attention/03_attention.ipynb #2099e0b3
+class _Kept(NamedTuple):
+    "What the backward needs of a portion beside inputs, output and log-sum-exp"
+    V: torch.Tensor; leaf_lse: torch.Tensor; c: torch.Tensor  # values, log-sum-exp within the leaf, running sums of the gate
+    p: list; X: list; qw: list                                # a slab's probabilities, T [W, stril(W K^T)] and tril(Q W^T)
+    products: list; tape: list                                # of the tree
+
+def _portion(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor | None, beta: torch.Tensor | None, gate: torch.Tensor | None,
+             scale: float, o: torch.Tensor, lse: torch.Tensor, save: bool) -> _Kept | None:
+    "Write output and log-sum-exp of a portion"
     s, (wide, half) = _sizes(q, v), _types(v)
-    ins = [None if x is None else _blocked(x, s) for x in (q, k, v, w, beta)]
-    def new(*shape): return torch.empty(s.M, *shape, dtype=wide, device=q.device)
-    Q, K, V, o, lse = new(s.C*s.r, s.D), new(s.C, s.D), new(s.C, s.V), new(s.C*s.r, s.V), new(s.C*s.r)
-    P, c, masks, slabs = None if w is None else new(s.D, s.D), _running(gate, s, q.device), _masks(s, wide, q.device), []
-    bq, bk, bv, bw, bb = ins
+    bq, bk, bv, bw, bb = (None if x is None else _blocked(x, s) for x in (q, k, v, w, beta))
+    shapes = (s.C*s.r, s.D), (s.C, s.D), (s.C, s.V), (s.D if w is not None else 0, s.D)
+    room = torch.empty(s.M*sum(a*b for a, b in shapes), dtype=wide, device=q.device).split([s.M*a*b for a, b in shapes])   # one: faults fewer pages
+    Q, K, V, P = (x.view(s.M, *shape) for x, shape in zip(room, shapes))
+    if w is None: P = None
+    c, masks, slabs = _running(gate, s, q.device), _masks(s, wide, q.device), []
     for at, m in _slabs(s):
         sq, sk, sw, sb = (None if x is None else _take(x, at).to(wide) for x in (bq, bk, bw, bb))
         A, X, qw = _leaves(sq, sk, sw, sb, scale, masks, Q[m], K[m], None if P is None else P[m])
@@ -345,56 +364,69 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor 
         if save: slabs.append((p, X, None if qw is None else qw.contiguous()))         # a view would keep all four products
     leaf_lse, tape = (lse.clone(), []) if save else (None, None)
     products = _climb(s, *(None if x is None else x.unflatten(0, (s.N, s.n)) for x in (Q, K, V, o, lse, P, c)), half, tape)
-    return _unblocked(o, s).to(v.dtype), _unblocked(lse, s), _Saved(s, V, o, lse, leaf_lse, c, *map(list, zip(*slabs)), products, tape) if save else None
+    return _Kept(V, leaf_lse, c, *map(list, zip(*slabs)), products, tape) if save else None
 
-def _backward(saved: _Saved, do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor | None,
-              beta: torch.Tensor | None, gate: torch.Tensor | None, scale: float) -> list[torch.Tensor | None]:
-    "Gradients of q, k, v, w, beta, gate"
-    s, V, o, lse, leaf_lse, c, ps, Xs, qws, products, tape = saved
-    (wide, half), views = _types(v), _blocked(do, s)
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor | None, beta: torch.Tensor | None, gate: torch.Tensor | None,
+             scale: float, save: bool = False) -> tuple[torch.Tensor, torch.Tensor, list[_Kept | None]]:
+    "Output (M, C r, V) and log-sum-exp (M, C r), `_unblocked` what is asked for, and what the backward needs"
+    s, (wide, _) = _sizes(q, v), _types(v)
+    o, lse = (torch.empty(s.M, *d, dtype=wide, device=q.device) for d in ((s.C*s.r, s.V), (s.C*s.r,)))
+    kept = [_portion(*(_cut(x, at, s) for x in (q, k, v, w, beta, gate)), scale, o[m], lse[m], save) for at, m in _portions(s, q.device)]
+    return o, lse, kept
+
+# %% ../../nbs/05_path_attention/03_attention.ipynb #966234ad
+def _portion_backward(kept: _Kept, o: torch.Tensor, lse: torch.Tensor, do: torch.Tensor, ins: list[torch.Tensor | None], scale: float,
+                      outs: list[torch.Tensor | None]) -> None:
+    "Write the gradients of a portion's inputs"
+    q, k, v, w, beta, gate = ins
+    s, (wide, half), views = _sizes(q, v), _types(v), _blocked(do, _sizes(q, v))
     dO = torch.empty_like(o)
     for at, m in _slabs(s): _copy(views, at, dO[m])
     delta = (dO*o).sum(-1)
-    dQ, dK, dV, dc, dP = _descend(s, *(x.unflatten(0, (s.N, s.n)) for x in (dO, V, o, lse)), products, c.unflatten(0, (s.N, s.n)), half, tape)
+    dQ, dK, dV, dc, dP = _descend(s, *(x.unflatten(0, (s.N, s.n)) for x in (dO, kept.V, o, lse)), kept.products, kept.c.unflatten(0, (s.N, s.n)),
+                                  half, kept.tape)
     dQ, dK, dV, dc = (x.flatten(0, 1) for x in (dQ, dK, dV, dc))
-    if w is not None: dP = V.new_zeros(s.M, s.D, s.D) if dP is None else dP.flatten(0, 1)
-    ins = [None if x is None else _blocked(x, s) for x in (q, k, v, w, beta)]
-    outs = [None if x is None else x.new_empty(s.B, s.n*s.C, *x.shape[2:]) for x in (q, k, v, w, beta)]
-    whole = s._replace(T=s.n*s.C)
-    views, masks = [None if x is None else _blocked(x, whole) for x in outs], _masks(s, wide, q.device)
-    for (at, m), p, X, qw in zip(_slabs(s), ps, Xs, qws):
-        sq, sk, sv, sw, sb = (None if x is None else _take(x, at).to(wide) for x in ins)
-        e = (leaf_lse[m] - lse[m]).exp_()                           # p is relative to the leaf, the gradient to the row
+    if w is not None: dP = dV.new_zeros(s.M, s.D, s.D) if dP is None else dP.flatten(0, 1)
+    blocked = [None if x is None else _blocked(x, s) for x in ins[:5]]
+    views, masks = [None if x is None else _blocked(x, s._replace(T=s.n*s.C)) for x in outs[:5]], _masks(s, wide, q.device)
+    for (at, m), p, X, qw in zip(_slabs(s), kept.p, kept.X, kept.qw):
+        sq, sk, sv, sw, sb = (None if x is None else _take(x, at).to(wide) for x in blocked)
+        e = (kept.leaf_lse[m] - lse[m]).exp_()                      # p is relative to the leaf, the gradient to the row
         g = dO[m]*e[..., None]
         dA = torch.bmm(g, sv.mT).sub_((delta[m]*e)[..., None]).mul_(p)
         if gate is not None: dc[m] += dA.unflatten(1, (s.C, s.r)).sum(1).mT
         gq, gk, gw, gb = _leaves_backward(dA.mul_(scale), dQ[m].mul_(scale), dK[m], None if dP is None else dP[m], sq, sk, sw, sb, X, qw, masks)
         for out, grad in zip(views, (gq, gk, dV[m].baddbmm_(p.mT, g), gw, gb)):
             if out is not None: out[at].copy_(grad.view(out[at].shape))
-    dg = None if gate is None else -_unblocked(dc.double().flatten(1), s).flip(1).cumsum(1).flip(1).to(gate.dtype)
-    return [None if x is None else x[:, :s.T] for x in outs] + [dg]
+    if gate is not None: outs[5][:, :s.T] = -_unblocked(dc.double().flatten(1), s).flip(1).cumsum(1).flip(1)
 
-# %% ../../nbs/05_path_attention/03_attention.ipynb #15595d94
+def _backward(kept: list[_Kept], o: torch.Tensor, lse: torch.Tensor, do: torch.Tensor, ins: list[torch.Tensor | None], scale: float) -> list[torch.Tensor | None]:
+    "Gradients of q, k, v, w, beta, gate"
+    s = _sizes(ins[0], ins[2])
+    outs = [None if x is None else x.new_empty(s.B, s.n*s.C, *x.shape[2:]) for x in ins]
+    for (at, m), part in zip(_portions(s, do.device), kept):
+        _portion_backward(part, o[m], lse[m], _cut(do, at, s), [_cut(x, at, s) for x in ins], scale, [_cut(x, at, s) for x in outs])
+    return [None if x is None else x[:, :s.T] for x in outs]
+
+# %% ../../nbs/05_path_attention/03_attention.ipynb #2c5f5b0f
 class _PathAttention(torch.autograd.Function):
     "The tree as one differentiable function"
     @staticmethod
     def forward(ctx, q, k, v, w, beta, gate, scale):
-        out, _, saved = _forward(q, k, v, w, beta, gate, scale, save=True)
-        *fixed, ps, Xs, qws, products, tape = saved[1:]
-        ctx.s, ctx.scale, lists = saved.s, scale, (fixed, ps, Xs, qws, products, tape)
-        ctx.lengths = [len(x) for x in lists]
-        ctx.save_for_backward(q, k, v, w, beta, gate, *(x for xs in lists for x in xs))
-        return out
+        o, lse, kept = _forward(q, k, v, w, beta, gate, scale, save=True)
+        leaves, ctx.spec = tree_flatten(kept)
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, w, beta, gate, o, lse, *leaves)
+        return _unblocked(o, _sizes(q, v)).to(v.dtype)
 
     @staticmethod
     def backward(ctx, do):
         if torch.is_grad_enabled():                                  # create_graph=True
             raise RuntimeError("the torch backend of path_attention is differentiable once; backend='naive' as often as wanted")
-        saved = ctx.saved_tensors                                  # asked for once: activation checkpointing gives them once
-        inputs, rest = saved[:6], list(saved[6:])
-        fixed, *lists = ([rest.pop(0) for _ in range(n)] for n in ctx.lengths)
+        saved = ctx.saved_tensors                                    # asked for once: activation checkpointing gives them once
+        ins, (o, lse), leaves = list(saved[:6]), saved[6:8], list(saved[8:])
         with torch.autocast(do.device.type, enabled=False):
-            return *_backward(_Saved(ctx.s, *fixed, *lists), do, *inputs, ctx.scale), None
+            return *_backward(tree_unflatten(leaves, ctx.spec), o, lse, do, ins, ctx.scale), None
 
 # %% ../../nbs/05_path_attention/03_attention.ipynb #8e71a837
 BACKENDS = ("auto", "naive", "torch", "triton")
@@ -454,7 +486,7 @@ def path_attention(q: torch.Tensor, # (B, T, HQ, D) queries
         return run(q, k, v, *wb, rest.pop(0) if rest else None, scale, scale_gate)
     return f(*given) if cu_seqlens is None else packed(f, cu_seqlens, *given)
 
-# %% ../../nbs/05_path_attention/03_attention.ipynb #a84587fd
+# %% ../../nbs/05_path_attention/03_attention.ipynb #b5b225ec
 def _tree(q, k, v, w, beta, gate, scale: float, scale_gate: bool) -> torch.Tensor:
     "The torch backend"
     if 0 in q.shape: return q.new_zeros(*q.shape[:3], v.shape[-1])
@@ -462,4 +494,4 @@ def _tree(q, k, v, w, beta, gate, scale: float, scale_gate: bool) -> torch.Tenso
     given = (q, k, v, w, beta, gate)
     with torch.autocast(q.device.type, enabled=False):
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given): return _PathAttention.apply(*given, scale)
-        return _forward(*(None if x is None else x.detach() for x in given), scale)[0]
+        return _unblocked(_forward(*(None if x is None else x.detach() for x in given), scale)[0], _sizes(q, v)).to(v.dtype)

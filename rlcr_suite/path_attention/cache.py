@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PathState', 'PathCache']
 
-# %% ../../nbs/05_path_attention/04_cache.ipynb #94a8d4a6
+# %% ../../nbs/05_path_attention/04_cache.ipynb #23070b31
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from ..core.blocks import check_shapes, ut_inverse
-from .attention import _columns, _flash, _forward, path_attention
+from .attention import _columns, _flash, _forward, _sizes, _unblocked, path_attention
 
 # %% ../../nbs/05_path_attention/04_cache.ipynb #648b140d
 class PathState(NamedTuple):
@@ -57,22 +57,23 @@ def _room(x: torch.Tensor, slots: int) -> torch.Tensor:
     S = x.shape[1]
     return x if S >= slots else torch.cat([x, x.new_zeros(x.shape[0], max(slots - S, S//2, 64), *x.shape[2:])], 1)
 
-# %% ../../nbs/05_path_attention/04_cache.ipynb #5ca96796
+# %% ../../nbs/05_path_attention/04_cache.ipynb #eaa40198
 def _carried(x: torch.Tensor, w: torch.Tensor, beta: torch.Tensor, keys: bool, size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     "Keys (B, T, H, D) carried on to the end, or queries (B, T, H r, D) back to the beginning; and the whole product (B, H, D, D)"
     (B, T, H, D), total = w.shape, _identity(len(w), *w.shape[2:], w)
     if not T: return x, total
     def blocks(y): return F.pad(y, (0, 0)*(y.ndim - 2) + (0, -T % size)).unflatten(1, (-1, size)).transpose(2, 3)     # B n H C ...
     W, U = blocks(w), ut_inverse(blocks(w), blocks(beta))
-    x = blocks(x.unflatten(2, (H, -1)))                                                    # B n H C r D
-    seen, t = x @ W.mT.unsqueeze(3), torch.arange(size, device=x.device)
-    seen = seen.masked_fill((t <= t[:, None] if keys else t > t[:, None])[:, None], 0)    # a key meets later transforms, a query its own and earlier ones
-    x = x - seen @ ((U.mT if keys else U) @ W).unsqueeze(3)
+    x, r = blocks(x.unflatten(2, (H, -1))).flatten(3, 4), x.shape[2]//H                     # B n H (C r) D
+    t = torch.arange(size, device=x.device)
+    row = t.repeat_interleave(r)[:, None]
+    seen = (x @ W.mT).masked_fill(t <= row if keys else t > row, 0)                        # a key meets later transforms, a query its own and earlier ones
+    x = x - seen @ ((U.mT if keys else U) @ W)
     P, out = torch.eye(D, dtype=w.dtype, device=w.device) - W.mT @ (U @ W), torch.empty_like(x)
     for b in (reversed(range(P.shape[1])) if keys else range(P.shape[1])):
-        out[:, b] = x[:, b] @ (total.mT if keys else total).unsqueeze(2)
+        out[:, b] = x[:, b] @ (total.mT if keys else total)
         total = total @ P[:, b] if keys else P[:, b] @ total
-    return out.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :T], total
+    return out.unflatten(3, (size, r)).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :T], total
 
 # %% ../../nbs/05_path_attention/04_cache.ipynb #bdc91d79
 def _advance(state: PathState, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor | None, beta: torch.Tensor | None, gate: torch.Tensor | None) -> PathState:
@@ -178,7 +179,7 @@ def _through(k: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
     "Keys (B, S, H, D) carried on through P (B, H, D, D)"
     return (k.transpose(1, 2) @ P.mT).transpose(1, 2)
 
-# %% ../../nbs/05_path_attention/04_cache.ipynb #44e4e453
+# %% ../../nbs/05_path_attention/04_cache.ipynb #de2c373d
 class PathCache:
     """Key-value cache of PaTH attention. `prefill` takes a prompt (or more of it), `step` one token; both return the attention output. No gradients
     pass the cache. An older `state` can be continued again; what was continued from it before is then lost, since they share their buffers."""
@@ -225,7 +226,7 @@ class PathCache:
 
     def _continue(self, q, k, v, w, beta, gate, scale) -> torch.Tensor:
         "Own attention of the new tokens, merged with that to the state"
-        own, lse, _ = _forward(q, k, v, w, beta, gate, scale)
+        own, lse = (_unblocked(x, _sizes(q, v)) for x in _forward(q, k, v, w, beta, gate, scale)[:2])
         wide = lse.dtype
         start = (q.to(wide)*scale) if w is None else _carried(q.to(wide)*scale, w.to(wide), beta.to(wide), keys=False)[0]
         shift = None if gate is None else gate.double().cumsum(1).to(wide)

@@ -79,8 +79,8 @@ def _root(debug:Annotated[bool, Option('--debug', envvar='RLCR_SUITE_DEBUG', hel
 
     Exit codes: 0 all is well, 1 the work failed, 2 the command was wrong, 130 interrupted."""
 
-# %% ../nbs/cli.ipynb #381bab77
-METERS = {'reward': 'reward', 'accuracy': 'accuracy', 'ece': 'ECE'} # key in a training log -> heading
+# %% ../nbs/cli.ipynb #51efb865
+METERS = {'reward': 'reward', 'accuracy': 'accuracy', 'ece': 'ECE', 'nats': 'loss'} # key in a training log -> heading
 
 def _drawn(rows:list[tuple[str, dict]])->Table:
     "Jobs as a table with a bar each"
@@ -126,8 +126,8 @@ class Board:
         self._seen[label] = p['step'], now
         return True
 
-# %% ../nbs/cli.ipynb #1827fe5b
-PAPERS = ('rlcr',) # papers that can be reproduced
+# %% ../nbs/cli.ipynb #043dd118
+PAPERS = ('rlcr', 'log_linear', 'path_attention') # papers that can be reproduced
 
 def _papers(paper:str|None)->list[str]:
     "The papers meant: the one named, or every one that has a record. Raises `ValueError` for one that has none"
@@ -207,29 +207,33 @@ def _leaving_at_once(board:Board)->Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGINT, old)
 
-# %% ../nbs/cli.ipynb #070ea4a7
-def _rlcr_evidence(scale:str, root:Path, workers:int|None, fresh:bool): # `rlcr.experiment.Evidence`
-    "Run the experiment of RLCR to its end, showing how it goes"
-    from rlcr_suite.rlcr.experiment import collect, jobs, run
-    jobs(scale, root)      # an unknown scale is refused before anything is made
-    note = _open_run(root, 'rlcr', scale, fresh)
-    _console().print(f'rlcr, {scale}: {"going on" if "went_on" in note else "starting"} in {root}', soft_wrap=True, markup=False)
-    with Board() as board, _leaving_at_once(board):
-        seconds = run(scale, root, workers, watch=lambda rows: board.update([(j.label, p) for j, p in rows]))
-    if 'went_on' not in note: _write_note(root, note | dict(seconds=seconds)) # a run that was stopped has no duration
-    return collect(scale, root, note['seconds'] if 'went_on' in note else seconds)
+# %% ../nbs/cli.ipynb #436576ca
+def _chapter(paper:str, page:str): # a module
+    "A paper's experiment (jobs, run, collect, write_evidence) or its results (publish): the same names in every chapter"
+    from importlib import import_module
+    return import_module(f'rlcr_suite.{paper}.{page}')
 
-def _publish_rlcr(evidence, scale:str, root:Path)->list: # of `core.records.Claim`
+def _evidence(paper:str, scale:str, root:Path, workers:int|None, fresh:bool): # the chapter's `Evidence`
+    "Run a paper's experiment to its end, showing how it goes"
+    experiment = _chapter(paper, 'experiment')
+    experiment.jobs(scale, root)      # an unknown scale is refused before anything is made
+    note = _open_run(root, paper, scale, fresh)
+    _console().print(f'{paper}, {scale}: {"going on" if "went_on" in note else "starting"} in {root}', soft_wrap=True, markup=False)
+    with Board() as board, _leaving_at_once(board):
+        seconds = experiment.run(scale, root, workers, watch=lambda rows: board.update([(j.label, p) for j, p in rows]))
+    if 'went_on' not in note: _write_note(root, note | dict(seconds=seconds)) # a run that was stopped has no duration
+    return experiment.collect(scale, root, note['seconds'] if 'went_on' in note else seconds)
+
+def _publish(paper:str, evidence, scale:str, root:Path)->list: # of `core.records.Claim`
     "Write the evidence and the claims that it decides. Scale test, for tests, is too small to decide any: its evidence stays in the run's folder"
     from rlcr_suite.core.records import records_dir
-    from rlcr_suite.rlcr.experiment import write_evidence
-    write_evidence(evidence, (root if scale == 'test' else records_dir())/'evidence'/'rlcr'/scale)
-    if scale == 'test': return []
-    from rlcr_suite.rlcr.results import publish
-    return publish(evidence)
+    _chapter(paper, 'experiment').write_evidence(evidence, (root if scale == 'test' else records_dir())/'evidence'/paper/scale)
+    return [] if scale == 'test' else _chapter(paper, 'results').publish(evidence)
 
-# %% ../nbs/cli.ipynb #669bd16b
-PAGES = {'rlcr': ('01_rlcr/10_results.ipynb', '01_rlcr/00_overview.ipynb', 'index.ipynb')} # in the order in which they read each other
+# %% ../nbs/cli.ipynb #000a7374
+PAGES = {'rlcr': ('01_rlcr/10_results.ipynb', '01_rlcr/00_overview.ipynb', 'index.ipynb'), # in the order in which they read each other
+         'log_linear': ('03_log_linear/08_results.ipynb', '03_log_linear/00_overview.ipynb', 'index.ipynb'),
+         'path_attention': ('05_path_attention/08_results.ipynb', '05_path_attention/00_overview.ipynb', 'index.ipynb')}
 
 def _needs_notebooks()->None:
     "Raise `ImportError`, before any work, if notebooks cannot be executed"
@@ -264,7 +268,7 @@ def _cleaned(notebook:str)->str:
     clean_nb(nb)
     return nb2str(nb)
 
-# %% ../nbs/cli.ipynb #33ccfa7d
+# %% ../nbs/cli.ipynb #1e23f5e7
 def _execute_pages(paper:str, checkout:Path)->None:
     "Execute the pages that show a paper's results"
     for page in PAGES[paper]:
@@ -287,8 +291,8 @@ def reproduce(paper:Annotated[str|None, Argument(help='Which paper; all by defau
     checkout = _pages_wanted(scale) if notebooks else None
     if checkout: _needs_notebooks()
     for p in [paper] if paper else PAPERS:
-        root = out or (checkout or Path())/'runs'/p/scale
-        found = _publish_rlcr(_rlcr_evidence(scale, root, workers, fresh), scale, root)
+        root = (out if paper else out/p) if out else (checkout or Path())/'runs'/p/scale
+        found = _publish(p, _evidence(p, scale, root, workers, fresh), scale, root)
         if checkout: _execute_pages(p, checkout)
         if scale != 'test': _show_claims(p, found)
 

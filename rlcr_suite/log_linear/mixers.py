@@ -23,7 +23,7 @@ def wide(x: torch.Tensor, # any floating type
     "Decays and weights are computed in float32 at least: in bfloat16, half a per cent of error a step would add up."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-# %% ../../nbs/03_log_linear/05_models.ipynb #7ec7152d
+# %% ../../nbs/03_log_linear/05_models.ipynb #4cac7a0f
 class Levels(nn.Module):
     "lambda from the token (@eq-lambda)."
     def __init__(self, hidden: int, # width of the token
@@ -31,18 +31,19 @@ class Levels(nn.Module):
                  L: int, # levels
                 ):
         super().__init__()
-        self.proj, self.scale = nn.Linear(hidden, H*L, bias=False), nn.Parameter(torch.empty(H, L))
+        self.proj, self.scale = nn.Parameter(torch.empty(H*L, hidden)), nn.Parameter(torch.empty(H, L)) # no random number is drawn
         self.init_parameters()
 
     def init_parameters(self) -> None:
         "Every level counts the same"
+        init.zeros_(self.proj)
         init.ones_(self.scale)
 
     def forward(self, x: torch.Tensor # (B, T, hidden)
                ) -> torch.Tensor: # (B, T, H, L)
-        return F.softplus(wide(self.scale) * wide(self.proj(x)).unflatten(-1, self.scale.shape))
+        return F.softplus(wide(self.scale) * wide(F.linear(x, self.proj)).unflatten(-1, self.scale.shape))
 
-# %% ../../nbs/03_log_linear/05_models.ipynb #c9c98f5f
+# %% ../../nbs/03_log_linear/05_models.ipynb #b796d465
 class MixerState(NamedTuple):
     "What a row remembers"
     conv: torch.Tensor # (B, width-1, channels) last inputs of the convolution
@@ -74,6 +75,7 @@ class Recurrent(Mixer):
         init.copy_(self.A_log, torch.empty(self.H).uniform_(*o["A_init_range"]).log())
         dt = torch.empty(self.H).uniform_(math.log(o["dt_min"]), math.log(o["dt_max"])).exp()
         init.copy_(self.dt_bias, dt + (-(-dt).expm1()).log())                  # softplus(dt_bias) = dt
+        if self.levelled: self.levels.init_parameters()
 
     def local(self, qkv: torch.Tensor, state: MixerState | None, cu_seqlens, return_state: bool) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         "Queries, keys and values of all heads after the convolution, and its state"

@@ -1,0 +1,168 @@
+"Experiments and results of log-linear and PaTH attention: claims decided by their rules, on made-up scores whose truth is known."
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rlcr_suite.core import trials
+from rlcr_suite.core.trials import Evidence, generator, read_evidence, write_evidence
+from rlcr_suite.log_linear import experiment as lle, results as llr
+from rlcr_suite.path_attention import experiment as pae, results as par
+
+CHAPTERS = {'log_linear': (lle, llr), 'path_attention': (pae, par)}
+N = 40 # sequences of every test
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    "100 resamples: the verdicts looked for here are not close"
+    real = trials.seed_bootstrap
+    monkeypatch.setattr(trials, 'seed_bootstrap', lambda *a, **k: real(*a, **(k | dict(n_boot=100))))
+
+
+def made_up(experiment, plan, accuracy, loss, seeds=(0, 1, 2), scale='quick'):
+    "Evidence in which `accuracy(mixer, task, test, place)` of the answers are right and `loss(mixer, task, test, place)` is lost above an optimum of 1; place in [0, 1)"
+    out = []
+    for m in experiment.MIXERS:
+        for task, p in plan.items():
+            for test, spec in p['tests'].items():
+                bins = spec.get('bins', 1)
+                for s in seeds:
+                    rng = np.random.default_rng([s, len(m), len(task)])
+                    place = np.tile(np.arange(bins)/bins, N)
+                    asked = np.full(N*bins, 20)
+                    at = lambda f: np.array([f(m, task, test, x) for x in place])
+                    out.append(pd.DataFrame(dict(mixer=m, task=task, test=test, seed=s, sequence=np.repeat(np.arange(N), bins), bin=np.tile(np.arange(bins), N), asked=asked,
+                                                 right=rng.binomial(asked, at(accuracy)), optimum=20., loss=20*(1 + at(loss)) + rng.normal(size=N*bins))))
+    about = dict(scale=scale, plan=plan, seconds=1., hardware='h', versions={'python': '3'}, commit='abcdef0', date='2026-01-01')
+    return Evidence(pd.concat(out, ignore_index=True), pd.DataFrame(dict(mixer=['x'], seed=[0], task=['t'], step=[1], loss=[1.], seconds=[1.])), about)
+
+
+def verdicts(results, e): return {c.id: c.holds for c in results.decide(e)}
+
+
+def levelled(m): return m.startswith('log_linear')
+LL_GOOD = lambda **k: made_up(lle, k.pop('plan', lle.QUICK), lambda m, task, test, x: .8 if levelled(m) else .5, lambda m, task, test, x: (.2 if levelled(m) else .5 + .3*x) - .5*x, **k)
+LL_SAME = lambda: made_up(lle, lle.QUICK, lambda *a: .5, lambda *a: .5)
+
+
+def test_a_better_log_linear_form_is_found_better():
+    v = verdicts(llr, LL_GOOD())
+    for what in ('mqar', 'mqrar', 'text', 'falls', 'follows'):
+        for name in ('mamba2', 'gdn'): assert v[f'{what}-{name}'] is True, (what, name)
+    assert v['forms'] is v['state'] is v['special-case'] is True and v['niah'] is None
+
+
+def test_equal_forms_are_not_found_different():
+    v = verdicts(llr, LL_SAME())
+    for what in ('mqar', 'mqrar', 'text', 'falls', 'follows'):
+        for name in ('mamba2', 'gdn'): assert v[f'{what}-{name}'] is False, (what, name)
+
+
+def test_quarters_are_quarters():
+    "A loss that falls in the first half only has stopped falling by the last quarter"
+    e = made_up(lle, lle.QUICK, lambda *a: .5, lambda m, task, test, x: 1 - min(x, .5))
+    assert verdicts(llr, e)['falls-mamba2'] is False
+    i = llr.change(trials.Measured(e.scores, 'mamba2', 'text', 'same'), 'loss', llr.QUARTERS[0], llr.QUARTERS[1])
+    assert i.value == pytest.approx(-.25, abs=.02) and i.high < 0
+
+
+def test_recall_is_the_mean_over_sizes():
+    plan = {t: lle.FULL[t] for t in ('mqar-8', 'mqar-16')}
+    e = made_up(lle, plan, lambda m, task, test, x: (.9 if task == 'mqar-8' else .5) if levelled(m) else .5, lambda *a: .5)
+    i = llr.recall(e, 'mamba2')
+    assert i.value == pytest.approx(.2, abs=.03) and i.low < .2 < i.high
+
+
+PATH = lambda m: m.startswith('path')
+PA_GOOD = lambda plan=pae.QUICK, **k: made_up(pae, plan, lambda m, *a: 1. if PATH(m) else .6, lambda m, task, test, x: .2 if PATH(m) else .6 + x, **k)
+
+
+def test_a_mixer_that_solves_everything_is_found_to():
+    v = verdicts(par, PA_GOOD())
+    for id in ('flip-flop-id', 'flip-flop-sparse', 'flip-flop-dense', 'rope-sparse', 'fox-sparse', 's3', 's5', 's5-rope', 's5-fox', 'text-path', 'text-path-fox', 'longer-rope', 'wy', 'blocks', 'decode'): assert v[id] is True, id
+    for id in ('a5-layers', 'mqrar', 'ruler'): assert v[id] is None, id
+
+
+def test_mixers_that_solve_nothing_are_not_found_to():
+    v = verdicts(par, made_up(pae, pae.QUICK, lambda *a: .6, lambda *a: .5))
+    for id in ('flip-flop-id', 'flip-flop-sparse', 'flip-flop-dense', 's3', 's5', 's5-rope', 's5-fox', 'text-path', 'text-path-fox', 'longer-rope'): assert v[id] is False, id
+    v = verdicts(par, made_up(pae, pae.QUICK, lambda *a: 1., lambda *a: .5))
+    assert v['rope-sparse'] is False and v['fox-sparse'] is False
+
+
+def test_an_error_is_what_accuracy_is_not():
+    i = par.error(PA_GOOD(), 'softmax', 'sparse')
+    assert i.low < .4 < i.high and i.low <= i.value <= i.high and i.seeds == 3
+
+
+def test_the_last_product_is_read_and_no_other():
+    e = made_up(pae, pae.QUICK, lambda m, task, test, x: .9 if x >= 17/18 else .1, lambda *a: .5)
+    assert par.products(e, 'path', 'S3').value == pytest.approx(.9, abs=.03)
+
+
+def test_the_full_scale_decides_what_the_quick_one_leaves_open(tmp_path, monkeypatch):
+    monkeypatch.setenv('RLCR_SUITE_RECORDS', str(tmp_path))
+    write_evidence(PA_GOOD(pae.FULL, scale='full', seeds=(0, 1)), tmp_path/'evidence'/'path_attention'/'full')
+    claims = {c.id: c for c in par.publish(PA_GOOD(), tmp_path/'path_attention.json')}
+    assert claims['a5-layers'].scale == claims['mqrar'].scale == 'full' and claims['a5-layers'].holds and claims['mqrar'].holds
+    assert claims['s3'].scale == 'quick' and claims['ruler'].status == 'no evidence yet'
+
+
+@pytest.mark.parametrize('paper', CHAPTERS)
+def test_claims(paper, tmp_path, monkeypatch):
+    experiment, results = CHAPTERS[paper]
+    monkeypatch.setenv('RLCR_SUITE_RECORDS', str(tmp_path))
+    e = (LL_GOOD if paper == 'log_linear' else PA_GOOD)()
+    with pytest.raises(ValueError, match=f'PAPER={paper}'): trials.stored(paper)
+    back = read_evidence(write_evidence(e, tmp_path/'evidence'/paper/'quick'))
+    assert verdicts(results, back) == verdicts(results, e) and trials.stored(paper).about == e.about
+    claims = results.publish(back, tmp_path/f'{paper}.json')
+    first = (tmp_path/f'{paper}.json').read_bytes()
+    results.publish(back, tmp_path/f'{paper}.json')
+    assert (tmp_path/f'{paper}.json').read_bytes() == first
+    assert [c.id for c in claims] == [c.id for c in results.CLAIMS] and set(results.OURS) <= {c.id for c in claims}
+    assert all(c.paper == paper for c in claims)
+
+
+@pytest.mark.parametrize('paper', CHAPTERS)
+def test_plans_can_be_run(paper, tmp_path):
+    "Every task and every test of every scale can be drawn, and what the results page reads is there"
+    experiment, _ = CHAPTERS[paper]
+    for scale, s in experiment.SCALES.items():
+        json.dumps(s.plan) # plans go to processes as JSON
+        assert scale == 'test' or len(s.seeds) >= 3 and set(s.mixers) == set(experiment.MIXERS)
+        for p in s.plan.values():
+            for test in p['tests'].values():
+                more = {k: v for k, v in test.items() if k not in ('n', 'bins', 'batch')}
+                t = generator(p['make'] | more)(n=2, seed=0)
+                assert t.input_ids.shape[1] <= p['model'].get('max_length', 128) and t.asked.any()
+    with pytest.raises(ValueError, match='scale must be one of quick, full, test'): experiment.jobs('huge', tmp_path)
+    with pytest.raises(ValueError, match='not finished'): experiment.collect('test', tmp_path)
+
+
+def test_one_trial_of_each_chapter(tmp_path):
+    "The smallest plan, trained and scored with a mixer that the chapter brings"
+    from rlcr_suite.core import jobs
+    for experiment, mixer in ((lle, 'log_linear_gdn'), (pae, 'path_fox')):
+        (t,) = [t for t in experiment.jobs('test', tmp_path/mixer) if t.mixer == mixer]
+        jobs.here(t)
+        assert t.done and t.progress()['step'] == t.progress()['total'] > 0
+
+
+BENCHMARK = dict(hardware='a chip', threads=1, versions={'torch': '2'}, repeats=7, date='2026-01-01',
+                 results=[dict(T=T, seconds=dict(forward=dict(log_linear=dict(median=T**1.1, low=T**1.09, high=T**1.11))), ratio_to_sdpa=dict(both=dict(median=9., low=8., high=10.)) if T <= 16384 else {},
+                               time_over_sdpa=dict(forward=dict(median=1.1, low=1.05, high=1.12), both=dict(median=1.2, low=1.1, high=1.3))) for T in (1024, 2048, 16384, 65536)])
+
+def test_speeds_come_from_stored_benchmarks(monkeypatch):
+    v = lambda results, e: {c.id: c for c in results.decide(e)}
+    for results in (llr, par): monkeypatch.setattr(results, 'benchmark', lambda: BENCHMARK)
+    c = v(llr, LL_SAME())
+    assert c['growth'].ours.value == pytest.approx(1.1, abs=1e-5) and c['growth'].holds and c['crossover'].holds
+    assert (c['growth'].hardware, c['growth'].evidence) == ('a chip, 1 thread', 'benchmarks/results/cpu/log_linear.json')
+    c = v(par, PA_GOOD())
+    assert c['speed-forward'].holds is True and c['speed-both'].holds is False
+    for results in (llr, par): monkeypatch.setattr(results, 'benchmark', lambda: None)
+    assert v(llr, LL_SAME())['growth'].ours is None and v(par, PA_GOOD())['speed-both'].ours is None

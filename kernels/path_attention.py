@@ -910,6 +910,7 @@ def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled,
                          ) -> torch.Tensor: # (B, H, R, V) fp32
     """Attention of one token: transforms still pending act on its queries, and the cache is read once, in its own dtype. What
     `rlcr_suite.path_attention.PathCache` holds fits as it is. Raises `ValueError` if shapes do not."""
+    if reason := why_not_here(_decode_kernel, keys): raise ValueError(reason)
     if (c is None) != (total is None): raise ValueError("c and total are given together, or neither")
     n = check_shapes(queries=(queries, "P B H R D"), keys=(keys, "B S H D"), values=(values, "B S H V"), recent=(recent, "B W H D"),
                      valid=(valid, "B S"), c=(c, "B S HQ"), total=(total, "B HQ"))

@@ -14,8 +14,12 @@ TOL = 1e-8
 
 def make(name, dtype=torch.float64, **config) -> Decoder:
     "A decoder of two layers with weights so large that every token changes what follows it"
-    fields = dict(hidden_size=32, heads=4, intermediate_size=48, layers=2, max_length=256, initializer_range=.25, seed=3)
-    return tiny_decoder(VOCAB, mixer=name, **(fields | config)).to(dtype)
+    fields = dict(hidden_size=32, heads=4, intermediate_size=48, layers=2, max_length=256, initializer_range=.25, seed=3) | config
+    model, r = tiny_decoder(VOCAB, mixer=name, **fields), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for p in model.parameters(): # what begins as all zeros or all ones would hide what stands behind it
+            if (p == p.flatten()[0]).all(): p += fields["initializer_range"]*torch.randn(p.shape, generator=r)
+    return model.to(dtype)
 
 def tokens(B, T, seed=0): return torch.randint(VOCAB, (B, T), generator=torch.Generator().manual_seed(seed))
 

@@ -160,6 +160,17 @@ def decoded(device, T=60, window=16, gate=True, dtype='float32', R=3):
         parts.add(len(queries))
     return dict(worst=worst, masked=masked, parts=sorted(parts))
 
+def cached(device, T=12, window=4):
+    "A cache that decodes by the kernel, against one that does not: prompt and steps"
+    import torch
+    from rlcr_suite.path_attention.cache import PathCache
+    def run(backend, gate):
+        x, _ = draw(Case(T, B=2, HQ=4, H=2, gate=.5 if gate else None), device)
+        cache = PathCache(window=window, backend=backend)
+        out = [cache.prefill(*(z[:, :3] for z in x))]
+        return torch.cat(out + [cache.step(*(z[:, t:t + 1] for z in x)) for t in range(3, T)], 1)
+    return {name: rel(run('triton', gate), run('torch', gate)) for name, gate in (('plain', False), ('gate', True))}
+
 def refused(device):
     "The words of every refusal"
     import torch
@@ -192,7 +203,7 @@ def measure():
     assert torch.empty(3).isnan().all()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     jobs = {name: partial(against_recurrence, case) for name, case in CASES.items()}
-    jobs |= dict(fla=against_fla, apart=packed_apart, far=far_decay, repeats=repeats, refused=refused, decode=decoded, decode_half=partial(decoded, T=40, dtype='float16'),
+    jobs |= dict(cached=cached, fla=against_fla, apart=packed_apart, far=far_decay, repeats=repeats, refused=refused, decode=decoded, decode_half=partial(decoded, T=40, dtype='float16'),
                  decode_rewriting=partial(decoded, gate=False, T=30, window=0))
     for name in sys.argv[1:] or jobs:
         try: found = jobs[name](device=device)
@@ -248,6 +259,12 @@ def test_decode(measured, name, tolerance, parts):
     got = measured[name]
     assert 'failed' not in got, got['failed']
     assert got['worst'] <= tolerance and got['masked'] <= tolerance and got['parts'] == parts, got
+
+def test_cache(measured):
+    "`PathCache` decodes by the kernel where it is told to"
+    got = measured['cached']
+    assert 'failed' not in got, got['failed']
+    assert max(got.values()) <= 2e-6, got
 
 def test_refusals(measured):
     got = measured['refused']

@@ -1,7 +1,7 @@
 "log_linear.mixers: what every mixer must do, and what these say of themselves."
 import pytest
 import torch
-from rlcr_suite.core.decoder import DecoderConfig, mixer_class
+from rlcr_suite.core.decoder import DecoderConfig, mixer_class, tiny_decoder
 from rlcr_suite.log_linear.fenwick import levels_of
 from rlcr_suite.log_linear.mixers import MixerState
 from mixer_checks import check_fresh_process, check_mixer, make, tokens
@@ -19,6 +19,14 @@ def test_does_what_a_mixer_must(name): check_mixer(name)
 def test_with_options(name, config): check_mixer(name, **config)
 
 def test_in_a_fresh_process(): check_fresh_process({name: {} for name in NAMES})
+
+@pytest.mark.parametrize("linear", LIFTED)
+def test_one_seed_gives_both_forms_the_same_weights(linear):
+    "So a comparison of the two begins with one function: every level weighs ln 2"
+    a, b = (tiny_decoder(9, name, seed=2, hidden_size=32).state_dict() for name in (linear, LIFTED[linear]))
+    assert all(a[n].equal(b[n]) for n in a) and all(".levels." in n for n in b.keys() - a.keys())
+    levels = tiny_decoder(9, LIFTED[linear], hidden_size=32).model.layers[0].mixer.levels
+    assert torch.allclose(levels(torch.randn(1, 3, 32)), torch.tensor(2.).log())
 
 @pytest.mark.parametrize("linear", LIFTED)
 @torch.no_grad()
@@ -70,6 +78,6 @@ def test_decays_stay_in_float32_when_the_model_is_half(name):
     assert seen == [(torch.bfloat16, torch.float32)] and q.dtype == torch.bfloat16
     assert (p - q).norm() <= .05*p.norm()
 
-@pytest.mark.parametrize("options, said", [({"state_dim": -1}, "state_dim"), ({"conv_width": 0}, "conv_width"), ({"states": 4}, "states")])
+@pytest.mark.parametrize("options, said", [({"state_dim": -1}, "state_dim"), ({"conv_width": 0}, "conv_width"), ({"states": 4}, "states"), ({"dt_min": 0}, "dt_min"), ({"dt_min": 1.}, "dt_min"), ({"A_init_range": [2, 1]}, "A_init_range")])
 def test_bad_options(options, said):
     with pytest.raises(ValueError, match=said): make("mamba2", mixer_kwargs=options)

@@ -15,22 +15,23 @@ from ..core.trials import Evidence, Trial, read_evidence, write_evidence
 MIXERS = ('softmax', 'fox', 'path', 'path_fox')
 LABELS = {'softmax': 'RoPE', 'fox': 'FoX', 'path': 'PaTH', 'path_fox': 'PaTH-FoX'}
 
-# %% ../../nbs/05_path_attention/07_experiment.ipynb #04a641e7
+# %% ../../nbs/05_path_attention/07_experiment.ipynb #5bc44d3c
 def _sizes(**more)->dict: return dict(layers=1, heads=2, hidden_size=64, intermediate_size=128, max_length=1024, initializer_range=.1) | more
 def _train(steps:int, batch:int, **more)->dict: return dict(steps=steps, batch=batch, lr=3e-3) | more
-def _words(name:str, steps:int, moves:int=2, T:int=18, **sizes)->dict:
-    return dict(make=dict(task='word_problem', T=T, name=name, moves=moves), model=_sizes(**sizes), train=_train(steps, 64 if name != 'S3' else 32), tests={'same': dict(n=400, bins=T)})
-_BIT = dict(make=dict(task='flip_flop', T=128), model=_sizes(), train=_train(150, 16), tests={'id': dict(n=200), 'sparse': dict(n=200, ignore=.98), 'dense': dict(n=200, ignore=.1)})
-_TEXT = dict(make=dict(task='text', T=128, names=16, words=16, alpha=.1), model=_sizes(layers=2), train=_train(250, 16), tests={'same': dict(n=300, bins=16), 'longer': dict(n=100, T=512, bins=16)})
+def _words(name:str, steps:int, moves:int=2, T:int=10, longer:int=18, **sizes)->dict:
+    return dict(make=dict(task='word_problem', T=T, name=name, moves=moves), model=_sizes(**(dict(heads=4) | sizes)), train=_train(steps, 64),
+                tests={'same': dict(n=400, bins=T), 'longer': dict(n=400, T=longer, bins=longer)})
+_BIT = dict(make=dict(task='flip_flop', T=128), model=_sizes(), train=_train(120, 16), tests={'id': dict(n=200), 'sparse': dict(n=200, ignore=.98), 'dense': dict(n=200, ignore=.1)})
+_TEXT = dict(make=dict(task='text', T=128, names=16, words=16, alpha=.1), model=_sizes(layers=2), train=_train(200, 16), tests={'same': dict(n=200, bins=16), 'longer': dict(n=100, T=512, bins=16)})
 
 def _more(p:dict, steps:int)->dict: return p | dict(train=p['train'] | dict(steps=steps, save_steps=500)) # the same for longer
-QUICK = {'flip-flop': _BIT, 'S3': _words('S3', 600), 'S5': _words('S5', 1000, heads=4), 'text': _TEXT}
-FULL = {'flip-flop': _more(_BIT, 1000), 'S3': _more(QUICK['S3'], 1500), 'S5': _more(QUICK['S5'], 4000), 'text': _more(_TEXT, 1500),
-        **{f'A5-{n}': _more(_words('A5', 1, moves=3, T=14, layers=n, heads=4), 4000) for n in (1, 2, 4)},
+QUICK = {'flip-flop': _BIT, 'S5': _words('S5', 1400), 'text': _TEXT}
+FULL = {'flip-flop': _more(_BIT, 1000), 'S3': _more(_words('S3', 1), 1000), 'S5': _more(QUICK['S5'], 4000), 'text': _more(_TEXT, 1500),
+        **{f'A5-{n}': _more(_words('A5', 1, moves=3, layers=n), 4000) for n in (1, 2, 4)},
         **{f'mqrar-{n}': dict(make=dict(task='mqrar', T=128, back=n, keys=8, values=16), model=_sizes(layers=2), train=_train(1500, 16, save_steps=500), tests={'same': dict(n=200)}) for n in (1, 2, 3, 4)}}
 _SHORT, _FEW = dict(hidden_size=16), _train(2, 4)
 TEST = {'flip-flop': _BIT | dict(make=dict(task='flip_flop', T=16), model=_sizes(**_SHORT), train=_FEW, tests={t: dict(n=4) for t in ('id', 'sparse', 'dense')}),
-        **{g: _words(g, 2, T=6, **_SHORT) | dict(train=_FEW, tests={'same': dict(n=4, bins=6)}) for g in ('S3', 'S5')},
+        'S5': _words('S5', 2, T=6, **_SHORT) | dict(train=_FEW, tests={'same': dict(n=4, bins=6), 'longer': dict(n=4, T=8, bins=8)}),
         'text': _TEXT | dict(make=_TEXT['make'] | dict(T=32), model=_sizes(**_SHORT), train=_FEW, tests={'same': dict(n=4, bins=16), 'longer': dict(n=4, T=64, bins=16)})}
 SCALES = {'quick': trials.Scale(MIXERS, (0, 1, 2), QUICK), 'full': trials.Scale(MIXERS, (0, 1, 2, 3, 4), FULL), 'test': trials.Scale(MIXERS, (0,), TEST)}
 

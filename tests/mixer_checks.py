@@ -179,6 +179,6 @@ print(json.dumps([AutoModelForCausalLM.from_pretrained(p)(x).logits.flatten().to
             paths.append(str(Path(tmp)/name))
             model.save_pretrained(paths[-1])
             want.append(model(torch.arange(40).view(2, 20) % VOCAB).logits.flatten().tolist())
-        done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     for name, a, b in zip(mixers, json.loads(done.stdout.splitlines()[-1]), want): assert a == b, f"{name}: other logits in a fresh process"

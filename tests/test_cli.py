@@ -146,7 +146,7 @@ class TestMistakes:
 
     def test_of_a_real_process(self):
         p = start("rlcr", "report", "no.jsonl")
-        out, err = p.communicate(timeout=60)
+        out, err = p.communicate(timeout=300)
         assert (p.returncode, out, err) == (2, "", "rlcr-suite: no file at no.jsonl\n")
 
 
@@ -308,7 +308,7 @@ class TestReproduce:
         try:
             wait_for(lambda: (tmp_path/"run"/"base"/"output.txt").exists(), p)
             p.send_signal(signal.SIGINT)
-            _, err = p.communicate(timeout=30)
+            _, err = p.communicate(timeout=120)
         finally: p.kill()
         assert p.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
 

@@ -360,7 +360,7 @@ class TestCoreLM:
     def test_loaded_where_only_core_lm_was_imported(self, tmp_path):
         save(tiny_decoder(TOK, hidden_size=16, layers=1, heads=2, intermediate_size=16), TOK, tmp_path/"m")
         code = "import sys; from rlcr_suite.core.lm import load; print(type(load(sys.argv[1], device='cpu')[0]).__name__)"
-        done = subprocess.run([sys.executable, "-c", code, tmp_path/"m"], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", code, tmp_path/"m"], capture_output=True, text=True, timeout=600)
         assert done.stdout.split() == ["Decoder"], done.stderr
 
     def test_seeds(self):

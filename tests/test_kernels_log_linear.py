@@ -22,7 +22,7 @@ def interpreted():
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             assert pool.submit(os.getenv, "TRITON_INTERPRET").result() == "1" # and the process has started with it
             patch.delenv("TRITON_INTERPRET")
-            yield lambda check, *args, **kw: pool.submit(check, *args, **kw).result(timeout=120)
+            yield lambda check, *args, **kw: pool.submit(check, *args, **kw).result(timeout=600)
 
 # ---------------------------------------------------------------------------------------------------------------- the equation
 

@@ -91,7 +91,7 @@ def elsewhere(check, interpret=False):
     "Run a function of this file in a process of its own, where kernels are compiled or interpreted"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", str(int(interpret)))
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool: pool.submit(check).result(timeout=120)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool: pool.submit(check).result(timeout=600)
 
 def check_spill_count():
     "Starved of registers a kernel spills, and the bytes read from the machine code are those that ptxas reports"

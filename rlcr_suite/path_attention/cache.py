@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PathState', 'PathCache']
 
-# %% ../../nbs/05_path_attention/04_cache.ipynb #23070b31
+# %% ../../nbs/05_path_attention/04_cache.ipynb #89065c21
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from ..core.blocks import check_shapes, ut_inverse
-from .attention import _columns, _flash, _forward, _sizes, _unblocked, path_attention
+from .attention import _columns, _flash, _forward, _kernels, _sizes, _unblocked, path_attention
 
 # %% ../../nbs/05_path_attention/04_cache.ipynb #648b140d
 class PathState(NamedTuple):
@@ -107,7 +107,7 @@ def _parts(state: PathState, q: torch.Tensor) -> tuple[list[torch.Tensor], list[
     if not W: return queries[:-1], keys[:-1], bounds
     return queries, keys, [*bounds, bounds[-1] + m % W]
 
-# %% ../../nbs/05_path_attention/04_cache.ipynb #3e70199e
+# %% ../../nbs/05_path_attention/04_cache.ipynb #a4fdd584
 def _slots(state: PathState) -> int: return state.prompt.shape[1] + state.steps.shape[1]
 
 def _attend(state: PathState, q: torch.Tensor) -> torch.Tensor:
@@ -119,6 +119,16 @@ def _attend(state: PathState, q: torch.Tensor) -> torch.Tensor:
         S = S + (state.total[:, None] - state.c[:, :slots]).to(S.dtype).permute(0, 2, 1).unflatten(1, (-1, r))
     S = S.masked_fill(~state.valid[:, None, None, :slots], -torch.inf)
     return S.softmax(-1) @ state.v[:, :slots].transpose(1, 2).to(S.dtype)
+
+def _attend_by_kernel(state: PathState, q: torch.Tensor) -> torch.Tensor:
+    "The same by the Triton kernel, which reads the cache once, in its own type"
+    queries, _, bounds = _parts(state, q)
+    gate = dict(c=state.c, total=state.total) if state.c.shape[2] else {}
+    return _kernels().path_attention_decode(torch.stack(queries), state.k, state.v, bounds, recent=state.recent if state.recent.shape[1] else None, valid=state.valid, **gate)
+
+def _has_kernel(state: PathState) -> bool:
+    "Whether the kernel takes this cache: on a GPU, heads of at most 128, types that tensor cores know"
+    return state.k.is_cuda and max(state.k.shape[-1], state.v.shape[-1]) <= 128 and state.k.dtype == state.v.dtype != torch.float64
 
 def _flush(state: PathState) -> PathState:
     "A full window becomes a segment, and segments of equal size merge"
@@ -179,7 +189,7 @@ def _through(k: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
     "Keys (B, S, H, D) carried on through P (B, H, D, D)"
     return (k.transpose(1, 2) @ P.mT).transpose(1, 2)
 
-# %% ../../nbs/05_path_attention/04_cache.ipynb #de2c373d
+# %% ../../nbs/05_path_attention/04_cache.ipynb #e95de9a8
 class PathCache:
     """Key-value cache of PaTH attention. `prefill` takes a prompt (or more of it), `step` one token; both return the attention output. No gradients
     pass the cache. An older `state` can be continued again; what was continued from it before is then lost, since they share their buffers."""
@@ -187,7 +197,7 @@ class PathCache:
                  scale: float | None = None, # of the logits; None is D^-1/2
                  scale_gate: bool = False, # whether `scale` multiplies the gate too
                  dtype: torch.dtype | None = None, # of the cached keys and values; None is that of the first keys
-                 backend: str = "auto", # of the prompt's attention
+                 backend: str = "auto", # of the prompt's attention; "triton", or "auto" on a GPU, decodes by the kernel too
                  state: PathState | None = None, # to go on from
                 ):
         if window < 0: raise ValueError(f"window must be at least 0; got {window}")
@@ -247,7 +257,8 @@ class PathCache:
         if self.state is None: self.state = _fresh(k, v, gate, self.window, self.dtype or k.dtype, w is not None)
         self.state = _flush(_advance(self.state, k, v, w, beta, gate))
         wide = torch.promote_types(q.dtype, torch.float32)
-        o = _attend(self.state, (q[:, 0].to(wide)*scale).unflatten(1, (k.shape[2], -1)))
+        attend = _attend_by_kernel if self.backend == "triton" or self.backend == "auto" and _has_kernel(self.state) else _attend
+        o = attend(self.state, (q[:, 0].to(wide)*scale).unflatten(1, (k.shape[2], -1)))
         return o.flatten(1, 2)[:, None].to(q.dtype)
 
     def _check(self, q, k, v, w, beta, gate) -> float:

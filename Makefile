@@ -48,9 +48,9 @@ test: install browser ## every notebook, then every test
 notebooks: install ## run every notebook
 	find -L nbs -name '[!_.]*.ipynb' -not -path '*/.*' -print0 | sort -z | $(CHECKED_ENV) xargs -0 -n 1 -P $(WORKERS) $(BIN)/nbdev_test --n_workers 0 --timing --path
 
-# One file stays in one process: its servers and its built site are made once.
+# One file stays in one process: its servers and its built site are made once. tests/conftest.py puts the slowest files first.
 pytest: install ## the tests that notebooks cannot hold
-	$(CHECKED_ENV) $(BIN)/python -m pytest -q tests -n $(WORKERS) --dist loadfile --durations 15
+	$(CHECKED_ENV) $(BIN)/python -m pytest -q tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
 site: install ## the site in _docs/, links checked
 	$(BIN)/python docs/build.py

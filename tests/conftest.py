@@ -25,3 +25,9 @@ def no_network():
     with pytest.MonkeyPatch.context() as patch:
         for name in real: patch.setattr(socket.socket, name, guard(name))
         yield
+
+# files of a minute and more, longest first: started last, one of them would keep one process busy while the others have nothing left to do
+SLOW = ('test_site', 'test_cli', 'test_kernels_log_linear_code', 'test_kernels_path', 'test_kernels_path_code', 'test_rlcr_train', 'test_kernels_log_linear')
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))

@@ -20,7 +20,7 @@ class Case:
 
 CASES = dict(
     one=Case(1, gate=.1), two=Case(17, gate=.5), three=Case(48), ragged=Case(75, gate=.1), high=Case(140, D=24, gate=.1, scale_gate=True),
-    batch=Case(40, B=2, HQ=4, H=2, D=20, gate=.1), mqa=Case(35, HQ=3, D=32, scale=.3), forgetful=Case(50, gate=1e-30),
+    batch=Case(35, B=2, HQ=2, H=1, D=20, gate=.1), mqa=Case(35, HQ=3, D=32, scale=.3), forgetful=Case(50, gate=1e-30),
     reflections=Case(80, beta=(1.9, 2.)), middle=Case(100, chunk=32), large=Case(200, D=64, chunk=64, gate=.5),
     packed=Case(100, gate=.1, cu=(0, 17, 17, 50, 51, 100)), half=Case(50, HQ=2, H=1, gate=.5, dtype='float16'))
 NAMES = ('q', 'k', 'v', 'w', 'beta', 'gate')
@@ -107,7 +107,7 @@ def packed_apart(device):
     "Packed sequences against each of them alone: the largest difference, without and with a gate"
     import torch
     def difference(gate):
-        case = Case(60, gate=gate, cu=(0, 17, 17, 50, 60))
+        case = Case(44, gate=gate, cu=(0, 17, 17, 35, 44))
         x, do = draw(case, device)
         together = graded(kernel, x, do, chunk=16, **options(case))
         spans = [slice(a, b) for a, b in zip(case.cu, case.cu[1:]) if a < b]
@@ -128,10 +128,10 @@ def far_decay(device):
 def repeats(device):
     "Twice the same, and with the heads in another order: whether every number is the same bit for bit"
     import torch
-    case = Case(50, HQ=3, H=3, gate=.1)
+    case = Case(34, HQ=2, H=2, gate=.1)
     x, do = draw(case, device)
     a, b = (graded(kernel, x, do, chunk=16) for _ in range(2))
-    order = torch.tensor([2, 0, 1], device=device)
+    order = torch.tensor([1, 0], device=device)
     c = graded(kernel, [t[:, :, order] for t in x], do[:, :, order], chunk=16)
     return dict(again=all(map(torch.equal, a, b)), permuted=all(torch.equal(s[:, :, order], t) for s, t in zip(a, c)))
 

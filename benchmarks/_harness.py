@@ -55,6 +55,27 @@ def spread(x:np.ndarray # (repeats,)
     "What is reported of repeated timings; with few repeats their range says more than an interval would"
     return {k: float(f'{v:.4g}') for k, v in dict(median=np.median(x), low=x.min(), high=x.max()).items()}
 
+def sdpa(q, k, v, *rest)->torch.Tensor:
+    "PyTorch's causal softmax attention of (B, T, H, D); it takes heads first, and strided views are what its users pass"
+    return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+
+def forward(f:Callable, x:tuple[torch.Tensor, ...])->Callable[[int], int]:
+    @torch.no_grad()
+    def run(i:int)->int:
+        f(*x)
+        return 1
+    return run
+
+def both(f:Callable, x:tuple[torch.Tensor, ...], seed:int)->Callable[[int], int]:
+    "Forward and backward, with a gradient for every input that the contender reads"
+    x = [y.detach().clone().requires_grad_() for y in x]
+    do = torch.randn(x[2].shape, generator=torch.Generator().manual_seed(seed + 1)).to(x[2])
+    used = x[:3] if f is sdpa else x
+    def run(i:int)->int:
+        torch.autograd.grad(f(*x), used, do)
+        return 1
+    return run
+
 class NotMeasured(Exception):
     "Why a contender cannot take part here; no fault of its own"
 

@@ -1,14 +1,13 @@
 """Log-linear attention beside the causal softmax attention of PyTorch: seconds of the forward pass, and of forward and backward, against the
 length. float32, one row, 4 heads of width 64; on a CPU one thread, since the question is what the method costs and not how either is spread over cores."""
 from __future__ import annotations
-from collections.abc import Callable
 import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from _harness import arguments, in_turns, spread, write
+from _harness import arguments, both, forward, in_turns, sdpa, spread, write
 from rlcr_suite.log_linear import backend_for, log_linear_attention
 from rlcr_suite.log_linear.fenwick import levels_of
 
@@ -24,30 +23,9 @@ def inputs(T:int, seed:int, device:str)->tuple[torch.Tensor, ...]:
     g, lam = -.1*torch.rand(1, T, H, generator=rng), torch.rand(1, T, H, levels_of(T), generator=rng)
     return tuple(x.to(device).contiguous() for x in (q, F.normalize(k, dim=-1), v, g, lam))
 
-def sdpa(q, k, v, g, lam)->torch.Tensor:
-    "The peer; it takes heads first, and strided views are what its users pass"
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
-
 def naive(*x)->torch.Tensor: return log_linear_attention(*x, backend='naive')
 
 CONTENDERS = dict(log_linear=log_linear_attention, sdpa=sdpa, naive=naive)
-
-def forward(f:Callable, x:tuple[torch.Tensor, ...])->Callable[[int], int]:
-    @torch.no_grad()
-    def run(i:int)->int:
-        f(*x)
-        return 1
-    return run
-
-def both(f:Callable, x:tuple[torch.Tensor, ...], seed:int)->Callable[[int], int]:
-    "Forward and backward, with a gradient for every input that the contender reads"
-    x = [y.detach().clone().requires_grad_() for y in x]
-    do = torch.randn(x[2].shape, generator=torch.Generator().manual_seed(seed + 1)).to(x[2])
-    used = x[:3] if f is sdpa else x
-    def run(i:int)->int:
-        torch.autograd.grad(f(*x), used, do)
-        return 1
-    return run
 
 def measure(T:int, args)->dict:
     "One row of the result"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from _harness import arguments, in_turns, spread, write
+from _harness import arguments, both, forward, in_turns, sdpa, spread, write
 from rlcr_suite.path_attention import PathCache, backend_for, block_form, path_attention
 
 H, D = 4, 64
@@ -22,10 +22,6 @@ def inputs(T:int, seed:int, device:str)->tuple[torch.Tensor, ...]:
     rng = torch.Generator().manual_seed(seed)
     q, k, v, w = torch.randn(4, 1, T, H, D, generator=rng).unbind(0)
     return tuple(x.to(device).contiguous() for x in (q, k, v, F.normalize(w, dim=-1), 2*torch.rand(1, T, H, generator=rng)))
-
-def sdpa(q, k, v, w, beta)->torch.Tensor:
-    "The peer; it takes heads first, and strided views are what its users pass"
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
 
 def tree(*x)->torch.Tensor: return path_attention(*x)
 
@@ -47,23 +43,6 @@ def scan(q, k, v, w, beta, C:int=64)->torch.Tensor:
     return o.flatten(1, 2)[None].transpose(1, 2)
 
 CONTENDERS = dict(path=tree, sdpa=sdpa, scan=scan, naive=naive)
-
-def forward(f:Callable, x:tuple[torch.Tensor, ...])->Callable[[int], int]:
-    @torch.no_grad()
-    def run(i:int)->int:
-        f(*x)
-        return 1
-    return run
-
-def both(f:Callable, x:tuple[torch.Tensor, ...], seed:int)->Callable[[int], int]:
-    "Forward and backward, with a gradient for every input that the contender reads"
-    x = [y.detach().clone().requires_grad_() for y in x]
-    do = torch.randn(x[2].shape, generator=torch.Generator().manual_seed(seed + 1)).to(x[2])
-    used = x[:3] if f is sdpa else x
-    def run(i:int)->int:
-        torch.autograd.grad(f(*x), used, do)
-        return 1
-    return run
 
 def decoding(x:tuple[torch.Tensor, ...], window:int)->Callable[[int], int]:
     "A window's worth of tokens after a prompt, so that every state of the window is met once"

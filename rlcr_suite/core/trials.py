@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'TEST_SEED', 'MEASURES', 'TABLES', 'Number', 'generator', 'Scale', 'rows', 'Trial', 'Measured', 'interval',
-           'Evidence', 'collect', 'write_evidence', 'read_evidence', 'stored', 'decide', 'publish', 'benchmark',
-           'timed']
+           'change', 'mean', 'apart', 'exact', 'Evidence', 'collect', 'Experiment', 'write_evidence', 'read_evidence',
+           'stored', 'decide', 'publish', 'benchmark', 'timed']
 
-# %% ../../nbs/00_core/12_trials.ipynb #54a22bea
+# %% ../../nbs/00_core/12_trials.ipynb #a62eb7a5
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
 from . import jobs
+from .jobs import Watch
 from .records import Claim
 from .stats import Interval, seed_bootstrap
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _try(trial:Trial, task:str)->None:
     for c in ('test', 'task', 'mixer'): table[c] = table[c].astype('category')
     jobs.write_table(table, trial._file(task))
 
-# %% ../../nbs/00_core/12_trials.ipynb #db99b446
+# %% ../../nbs/00_core/12_trials.ipynb #792e067e
 MEASURES = ('accuracy', 'loss', 'excess')
 
 class Measured:
@@ -144,7 +145,35 @@ def interval(a:Measured, # a mixer
     "A measure with its 95% interval. Raises `ValueError` for fewer than two seeds"
     return seed_bootstrap(_ratio, a.sums(measure, bins), b.sums(measure, bins) if b else None, n_boot=n_boot)
 
-# %% ../../nbs/00_core/12_trials.ipynb #778d8e75
+def _step(x, n, y, m): return _ratio(x, n) - _ratio(y, m)
+
+def change(a:Measured, # a mixer
+           measure:str, # one of `MEASURES`
+           first:slice, last:slice, # bins
+           b:Measured|None=None, # another mixer: the difference of the changes is wanted
+          )->Interval: # last minus first
+    "How much a measure changes from some places to others *within* a sequence, which is resampled with both"
+    parts = lambda m: (*m.sums(measure, last), *m.sums(measure, first))
+    return seed_bootstrap(_step, parts(a), parts(b) if b else None, n_boot=1000)
+
+def mean(intervals:Sequence[Interval] # of independent quantities
+        )->Interval:
+    "Their mean, and its interval"
+    half = np.sqrt(sum(((i.high - i.low)/2)**2 for i in intervals))/len(intervals)
+    value = float(np.mean([i.value for i in intervals]))
+    return Interval(value, value - half, value + half, sum(i.n for i in intervals), seeds=intervals[0].seeds)
+
+def apart(a, b # tensors of one shape
+         )->float:
+    "Relative distance in the 2-norm"
+    return float((a - b).norm()/b.norm())
+
+def exact(x:float, n:int # computed, not sampled, from n cases
+         )->Interval:
+    "A number without an error"
+    return Interval(float(x), float(x), float(x), n)
+
+# %% ../../nbs/00_core/12_trials.ipynb #434c7a96
 @dataclass(frozen=True)
 class Evidence:
     "Everything that a finished experiment left"
@@ -167,6 +196,35 @@ def collect(trials:Sequence[Trial], # of a finished experiment
                         for t in trials for task in t.plan], ignore_index=True)
     for c in ('mixer', 'task', 'test'): scores[c] = scores[c].astype('category')
     return Evidence(scores.drop(columns='seconds'), curves[['mixer', 'seed', 'task', 'step', 'loss', 'seconds']], dict(about) | dict(plan=trials[0].plan) | stamp())
+
+@dataclass(frozen=True)
+class Experiment:
+    "What a chapter runs: all its trials are independent"
+    paper: str
+    scales: Mapping[str, Scale] # by name
+
+    def jobs(self, scale:str, # a key of `scales`
+             root:str|Path, # folder of the experiment
+            )->list[Trial]:
+        "Its trials. Raises `ValueError` for an unknown scale"
+        if scale not in self.scales: raise ValueError(f'scale must be one of {", ".join(self.scales)}, not {scale!r}')
+        s = self.scales[scale]
+        return [Trial(m, i, str(root), s.plan) for i in s.seeds for m in s.mixers]
+
+    def run(self, scale:str='quick', # a key of `scales`
+            root:str|Path|None=None, # folder of the experiment; runs/<paper>/<scale> by default
+            workers:int|None=None, # trials at a time; the number of cores by default
+            watch:Watch|None=None, # called about twice a second with where each trial is
+           )->float: # seconds it took
+        "Run, or go on. Raises `JobFailed` with a trial's last words if one fails; the others are finished first"
+        return jobs.run([self.jobs(scale, root or f'runs/{self.paper}/{scale}')], workers, watch)
+
+    def collect(self, scale:str, # a key of `scales`
+                root:str|Path, # folder of a finished experiment
+                seconds:float|None=None, # what `run` took, if it was measured in one go
+               )->Evidence:
+        "Gather what the trials left. Raises `ValueError` if one is not done"
+        return collect(self.jobs(scale, root), dict(scale=scale, seconds=seconds))
 
 def write_evidence(e:Evidence, # from `collect`
                    path:str|Path, # folder

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BELOW', 'ABOVE', 'CLAIMS', 'SIZES', 'REWRITTEN', 'QUARTERS', 'benchmark', 'OURS', 'recall', 'rewritten', 'language',
-           'change', 'falls', 'follows', 'slope', 'decide', 'publish']
+           'falls', 'follows', 'slope', 'decide', 'publish']
 
-# %% ../../nbs/03_log_linear/08_results.ipynb #ad78a097
+# %% ../../nbs/03_log_linear/08_results.ipynb #30679211
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from ..core import trials
 from ..core.records import Claim, Rule
 from ..core.stats import Interval
-from ..core.trials import Evidence, Measured, interval
+from ..core.trials import Evidence, Measured, apart, change, exact, interval, mean
 from .experiment import LABELS, LINEAR, MIXERS
 
 # %% ../../nbs/03_log_linear/08_results.ipynb #855a7f3c
@@ -43,7 +43,7 @@ CLAIMS = (
     _claim('niah', 'Log-linear Mamba-2 finds a needle in 16k tokens that Mamba-2 does not (difference in accuracy)', ABOVE, 'table 7'),
 )
 
-# %% ../../nbs/03_log_linear/08_results.ipynb #dde55dc6
+# %% ../../nbs/03_log_linear/08_results.ipynb #e528f0c1
 def _inputs(T:int, delta:bool, seed:int=0, G:int=1, H:int=2, D:int=4)->tuple: # q, k, v, g, lam, beta or None, in float64
     "Inputs of log-linear attention at which all forms are defined"
     import torch
@@ -52,9 +52,6 @@ def _inputs(T:int, delta:bool, seed:int=0, G:int=1, H:int=2, D:int=4)->tuple: # 
     draw = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)
     q, k, v = draw(1, T, G, D), torch.nn.functional.normalize(draw(1, T, G, D), dim=-1), draw(1, T, H, D)
     return q, k, v, -.2*draw(1, T, H).abs(), draw(1, T, H, levels_of(T)).abs(), draw(1, T, H).sigmoid() if delta else None
-
-def _apart(a, b)->float: return float((a - b).norm()/b.norm())
-def _exact(x:float, n:int)->Interval: return Interval(float(x), float(x), float(x), n)
 
 def _forms(e:Evidence)->Interval:
     "Largest distance between the tree, the masked and the recurrent form"
@@ -68,8 +65,8 @@ def _forms(e:Evidence)->Interval:
             cut = [y[:, :T] for y in x]
             for backend in ('naive', 'torch'):
                 o = log_linear_attention(*cut, beta=beta[:, :T] if delta else None, backend=backend)
-                worst = max(worst, _apart(o, recurrent[:, :T]))
-    return _exact(worst, 260)
+                worst = max(worst, apart(o, recurrent[:, :T]))
+    return exact(worst, 260)
 
 def _state(e:Evidence)->Interval:
     "Largest departure of the number of non-zero states from popcount(t) + 1"
@@ -81,7 +78,7 @@ def _state(e:Evidence)->Interval:
     for t in range(n): # token t has just been written: positions 0..t are held
         _, state = step(state, one, one, one, one[..., 0]*0, torch.ones(1, 1, levels_of(n + 1), dtype=torch.float64))
         worst = max(worst, abs(int((state.S != 0).sum()) - (t.bit_count() + 1)))
-    return _exact(worst, n)
+    return exact(worst, n)
 
 def _special_case(e:Evidence)->Interval:
     "Largest distance between log-linear attention with weights of one and linear attention"
@@ -90,47 +87,28 @@ def _special_case(e:Evidence)->Interval:
     for T in range(1, 131):
         for delta in (False, True):
             q, k, v, g, lam, beta = _inputs(T, delta, seed=T)
-            worst = max(worst, _apart(log_linear_attention(q, k, v, g, lam*0 + 1, beta=beta), linear_attention(q, k, v, g, beta=beta)))
-    return _exact(worst, 260)
+            worst = max(worst, apart(log_linear_attention(q, k, v, g, lam*0 + 1, beta=beta), linear_attention(q, k, v, g, beta=beta)))
+    return exact(worst, 260)
 
-# %% ../../nbs/03_log_linear/08_results.ipynb #9c3ecca1
+# %% ../../nbs/03_log_linear/08_results.ipynb #a448f497
 SIZES = ('mqar-8', 'mqar-16', 'mqar-32') # tasks of the plan, by the width of the state; the quick scale has the first
 REWRITTEN = ('mqrar-8', 'mqrar-16') # the same
 QUARTERS = tuple(slice(4*i, 4*i + 4) for i in range(4)) # of the sixteen bins of the text's places
-
-def _mean(intervals:list[Interval])->Interval:
-    "The mean of independent quantities, and its interval"
-    half = np.sqrt(sum(((i.high - i.low)/2)**2 for i in intervals))/len(intervals)
-    value = float(np.mean([i.value for i in intervals]))
-    return Interval(value, value - half, value + half, sum(i.n for i in intervals), seeds=intervals[0].seeds)
 
 def recall(e:Evidence, linear:str)->Interval:
     "Accuracy of the log-linear form minus that of the linear one, mean over the sizes that were run"
     there = [t for t in SIZES if t in set(e.scores.task)]
     pair = lambda task: (Measured(e.scores, m, task, 'same') for m in (LINEAR[linear], linear))
-    return _mean([interval(a, 'accuracy', b) for a, b in map(pair, there)])
+    return mean([interval(a, 'accuracy', b) for a, b in map(pair, there)])
 
 def rewritten(e:Evidence, linear:str)->Interval:
     "The same for the last value of a key that had many"
     there = [t for t in REWRITTEN if t in set(e.scores.task)]
-    return _mean([interval(Measured(e.scores, LINEAR[linear], t, 'same'), 'accuracy', Measured(e.scores, linear, t, 'same')) for t in there])
+    return mean([interval(Measured(e.scores, LINEAR[linear], t, 'same'), 'accuracy', Measured(e.scores, linear, t, 'same')) for t in there])
 
 def language(e:Evidence, linear:str)->Interval:
     "Loss of the log-linear form minus that of the linear one"
     return interval(Measured(e.scores, LINEAR[linear], 'text', 'same'), 'loss', Measured(e.scores, linear, 'text', 'same'))
-
-# %% ../../nbs/03_log_linear/08_results.ipynb #46241cc3
-def change(a:Measured, # a mixer
-           measure:str, # of `trials.MEASURES`
-           first:slice, last:slice, # bins
-           b:Measured|None=None, # another mixer: the difference of the changes is wanted
-          )->Interval: # last minus first
-    "How much a measure changes from some places to others"
-    from rlcr_suite.core.stats import seed_bootstrap
-    parts = lambda m: (*m.sums(measure, last), *m.sums(measure, first))
-    stat = lambda x, n, y, m: x.sum()/n.sum() - y.sum()/m.sum()
-    return seed_bootstrap(stat, parts(a), parts(b) if b else None, n_boot=1000)
-
 def falls(e:Evidence, linear:str)->Interval:
     "Loss of the log-linear form: last quarter minus the one before"
     return change(Measured(e.scores, LINEAR[linear], 'text', 'same'), 'loss', QUARTERS[2], QUARTERS[3])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BELOW', 'ABOVE', 'CLAIMS', 'benchmark', 'OURS', 'error', 'products', 'language', 'longer', 'decide', 'publish']
 
-# %% ../../nbs/05_path_attention/08_results.ipynb #4c6d360d
+# %% ../../nbs/05_path_attention/08_results.ipynb #11be6330
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from ..core import trials
 from ..core.records import Claim, Rule
 from ..core.stats import Interval
-from ..core.trials import Evidence, Measured, interval
+from ..core.trials import Evidence, Measured, apart, change, exact, interval, mean
 from .experiment import LABELS, MIXERS
 
 # %% ../../nbs/05_path_attention/08_results.ipynb #bafa2f62
@@ -47,7 +47,7 @@ CLAIMS = (
     _claim('ruler', 'PaTH-FoX is best at long-context retrieval (RULER at 16K, PaTH-FoX minus FoX)', ABOVE, 'table 3', '22.6 against 4.9'),
 )
 
-# %% ../../nbs/05_path_attention/08_results.ipynb #287e3131
+# %% ../../nbs/05_path_attention/08_results.ipynb #943ac01a
 def _inputs(T:int, gated:bool=False, seed:int=0, HQ:int=4, H:int=2, D:int=8)->tuple: # q, k, v, w, beta, gate or None, in float64
     "Inputs of PaTH attention with grouped heads and the whole range of beta"
     import torch
@@ -55,9 +55,6 @@ def _inputs(T:int, gated:bool=False, seed:int=0, HQ:int=4, H:int=2, D:int=8)->tu
     draw = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)
     return (draw(1, T, HQ, D), draw(1, T, H, D), draw(1, T, H, D), torch.nn.functional.normalize(draw(1, T, H, D), dim=-1),
             2*draw(1, T, H).sigmoid(), -.2*draw(1, T, HQ).abs() if gated else None)
-
-def _apart(a, b)->float: return float((a - b).norm()/b.norm())
-def _exact(x:float, n:int)->Interval: return Interval(float(x), float(x), float(x), n)
 
 def _wy(e:Evidence)->Interval:
     "Largest difference between the compact form and the product, factor by factor"
@@ -69,7 +66,7 @@ def _wy(e:Evidence)->Interval:
     for n in range(64):
         P = (torch.eye(8, dtype=torch.float64) - beta[n]*torch.outer(w[n], w[n])) @ P
         worst = max(worst, float((wy(w[:n + 1], beta[:n + 1]).product - P).abs().max()))
-    return _exact(worst, 64)
+    return exact(worst, 64)
 
 def _blocks(e:Evidence)->Interval:
     "Largest distance between the tree over blocks and the definition"
@@ -78,8 +75,8 @@ def _blocks(e:Evidence)->Interval:
     for T in range(1, 131):
         for gated in (False, True):
             *x, gate = _inputs(T, gated, seed=T)
-            worst = max(worst, _apart(*(path_attention(*x, gate=gate, backend=b) for b in ('torch', 'naive'))))
-    return _exact(worst, 260)
+            worst = max(worst, apart(*(path_attention(*x, gate=gate, backend=b) for b in ('torch', 'naive'))))
+    return exact(worst, 260)
 
 def _decode(e:Evidence)->Interval:
     "Largest distance between a prompt continued token by token and the definition"
@@ -93,33 +90,25 @@ def _decode(e:Evidence)->Interval:
         cut = lambda a, b: [None if y is None else y[:, a:b] for y in x]
         cache = PathCache()
         out = [cache.prefill(*cut(0, 37))] + [cache.step(*cut(t, t + 1)) for t in range(37, 130)]
-        worst = max(worst, _apart(torch.cat(out, 1), path_attention(*x[:-1], gate=gate, backend='naive')))
-    return _exact(worst, 2)
+        worst = max(worst, apart(torch.cat(out, 1), path_attention(*x[:-1], gate=gate, backend='naive')))
+    return exact(worst, 2)
 
-# %% ../../nbs/05_path_attention/08_results.ipynb #b95533c6
+# %% ../../nbs/05_path_attention/08_results.ipynb #3e2b6b6c
 def error(e:Evidence, mixer:str, test:str)->Interval: # id, sparse or dense
     "Share of bits that are read wrongly"
     i = interval(Measured(e.scores, mixer, 'flip-flop', test), 'accuracy')
     return Interval(1 - i.value, 1 - i.high, 1 - i.low, i.n, seeds=i.seeds)
 
-def _last(e:Evidence, mixer:str, task:str, test:str='same')->tuple[Measured, slice]:
-    "A word problem and its last product"
-    m = Measured(e.scores, mixer, task, test)
-    return m, slice(m.asked.shape[2] - 1, None)
-
 def products(e:Evidence, mixer:str, task:str, other:tuple[str, str]|None=None, test:str='same')->Interval|None:
     "Accuracy at the last product of a word, or its difference to another mixer and task; None where one was not run"
     if not {task, *(other or ())[1:]} <= set(e.scores.task): return None
-    a, bins = _last(e, mixer, task, test)
-    return interval(a, 'accuracy', _last(e, *other, test)[0] if other else None, bins=bins)
+    a = Measured(e.scores, mixer, task, test)
+    return interval(a, 'accuracy', Measured(e.scores, *other, test) if other else None, bins=slice(a.asked.shape[2] - 1, None))
 
 def _mqrar(e:Evidence)->Interval|None:
     "Accuracy of PaTH minus that of RoPE, mean over 1 to 3 back"
     if not {f'mqrar-{n}' for n in (1, 2, 3)} <= set(e.scores.task): return None
-    found = [interval(*(Measured(e.scores, m, f'mqrar-{n}', 'same') for m in ('path',)), 'accuracy', Measured(e.scores, 'softmax', f'mqrar-{n}', 'same')) for n in (1, 2, 3)]
-    half = np.sqrt(sum(((i.high - i.low)/2)**2 for i in found))/3
-    value = float(np.mean([i.value for i in found]))
-    return Interval(value, value - half, value + half, sum(i.n for i in found), seeds=found[0].seeds)
+    return mean([interval(Measured(e.scores, 'path', f'mqrar-{n}', 'same'), 'accuracy', Measured(e.scores, 'softmax', f'mqrar-{n}', 'same')) for n in (1, 2, 3)])
 
 def language(e:Evidence, mixer:str, other:str)->Interval:
     "Loss on the small language, a mixer minus another"
@@ -127,10 +116,8 @@ def language(e:Evidence, mixer:str, other:str)->Interval:
 
 def longer(e:Evidence, mixer:str, other:str)->Interval:
     "Growth of the excess loss from places within the length of training to the last quarter of a document four times as long: a mixer minus another"
-    from rlcr_suite.core.stats import seed_bootstrap
-    parts = lambda m: (*m.sums('excess', slice(12, None)), *m.sums('excess', slice(0, 4))) # of sixteen bins of 64 tokens
-    stat = lambda x, n, y, k: x.sum()/n.sum() - y.sum()/k.sum()
-    return seed_bootstrap(stat, *(parts(Measured(e.scores, m, 'text', 'longer')) for m in (mixer, other)), n_boot=1000)
+    a, b = (Measured(e.scores, m, 'text', 'longer') for m in (mixer, other))
+    return change(a, 'excess', slice(0, 4), slice(12, None), b) # of sixteen bins of 32 tokens
 
 # %% ../../nbs/05_path_attention/08_results.ipynb #c7d701e5
 benchmark = partial(trials.benchmark, 'path_attention')

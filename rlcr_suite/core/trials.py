@@ -33,13 +33,13 @@ def generator(make:Mapping[str, Any] # task: a name in `TASKS`; and its argument
     if (name := make.pop('task', None)) not in TASKS: raise ValueError(f'task must be one of {", ".join(TASKS)}, not {name!r}')
     return partial(getattr(tasks, name), **make)
 
-# %% ../../nbs/00_core/12_trials.ipynb #f073cb81
+# %% ../../nbs/00_core/12_trials.ipynb #cd4a2a8e
 @dataclass(frozen=True)
 class Scale:
     "How much is run"
     mixers: tuple[str, ...] # registered names
     seeds: tuple[int, ...] # runs of each
-    plan: dict # task -> make, model, mixers, train, tests
+    plan: dict # task -> make, model, mixers, only, train, tests
 
 # %% ../../nbs/00_core/12_trials.ipynb #64a53e2c
 def rows(scores, # `tasks.Scores`
@@ -173,7 +173,7 @@ def exact(x:float, n:int # computed, not sampled, from n cases
     "A number without an error"
     return Interval(float(x), float(x), float(x), n)
 
-# %% ../../nbs/00_core/12_trials.ipynb #434c7a96
+# %% ../../nbs/00_core/12_trials.ipynb #44707da0
 @dataclass(frozen=True)
 class Evidence:
     "Everything that a finished experiment left"
@@ -195,7 +195,7 @@ def collect(trials:Sequence[Trial], # of a finished experiment
     curves = pd.concat([pd.DataFrame(jobs.journal(t.dir/task)).assign(mixer=t.mixer, seed=t.seed, task=task, seconds=seconds[t.mixer, t.seed, task])
                         for t in trials for task in t.plan], ignore_index=True)
     for c in ('mixer', 'task', 'test'): scores[c] = scores[c].astype('category')
-    return Evidence(scores.drop(columns='seconds'), curves[['mixer', 'seed', 'task', 'step', 'loss', 'seconds']], dict(about) | dict(plan=trials[0].plan) | stamp())
+    return Evidence(scores.drop(columns='seconds'), curves[['mixer', 'seed', 'task', 'step', 'loss', 'seconds']], dict(about) | dict(plan={task: p for t in trials for task, p in t.plan.items()}) | stamp())
 
 @dataclass(frozen=True)
 class Experiment:
@@ -209,7 +209,8 @@ class Experiment:
         "Its trials. Raises `ValueError` for an unknown scale"
         if scale not in self.scales: raise ValueError(f'scale must be one of {", ".join(self.scales)}, not {scale!r}')
         s = self.scales[scale]
-        return [Trial(m, i, str(root), s.plan) for i in s.seeds for m in s.mixers]
+        plan = lambda mixer: {task: p for task, p in s.plan.items() if mixer in p.get('only', s.mixers)}
+        return [Trial(m, i, str(root), plan(m)) for i in s.seeds for m in s.mixers]
 
     def run(self, scale:str='quick', # a key of `scales`
             root:str|Path|None=None, # folder of the experiment; runs/<paper>/<scale> by default

@@ -43,10 +43,8 @@ test: install browser ## every notebook, then every test
 	@$(MAKE) --no-print-directory notebooks
 	@$(MAKE) --no-print-directory pytest
 
-# A process for each notebook, as its readers have: left to itself nbdev_test runs one after another in the same process, where a page
-# would meet the classes that another registered, and Triton would remember whether it was first imported to interpret or to compile.
 notebooks: install ## run every notebook
-	find -L nbs -name '[!_.]*.ipynb' -not -path '*/.*' -print0 | sort -z | $(CHECKED_ENV) xargs -0 -n 1 -P $(WORKERS) $(BIN)/nbdev_test --n_workers 0 --timing --path
+	$(CHECKED_ENV) $(BIN)/python tests/notebooks.py --workers $(WORKERS)
 
 # One file stays in one process: its servers and its built site are made once. tests/conftest.py puts the slowest files first.
 pytest: install ## the tests that notebooks cannot hold

@@ -1,6 +1,7 @@
 "Source code as a reader wants it: signatures without bodies, and no docstring twice."
 from __future__ import annotations
 import ast
+from functools import lru_cache
 
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -18,6 +19,7 @@ def _docstring(node:ast.AST)->ast.Expr|None:
     first = node.body[0]
     return first if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str) else None
 
+@lru_cache(64) # a module is asked for each of its names
 def defined(code:str)->list[ast.AST]:
     "Functions and classes that a piece of code defines at its top; none if it is not Python"
     try: return [n for n in ast.parse(code).body if isinstance(n, (*FUNCTION, ast.ClassDef))]

@@ -8,6 +8,7 @@ import pypandoc, yaml
 from markupsafe import Markup
 import cells, figures
 from cells import Api, Code, Float, Html, Picture, Prose, Text
+from highlight import highlight
 
 HERE = Path(__file__).parent
 READER = 'markdown+autolink_bare_uris-latex_macros'
@@ -113,17 +114,15 @@ def pandoc(markdown:str, context:Context|None=None, meta:dict|None=None)->tuple[
         (t/'context.json').write_text(json.dumps(vars(context) | {'pages': context.pages or {}, 'names': context.names or {}}))
         (t/'meta.yml').write_text(yaml.safe_dump(meta | {'context': str(t/'context.json'), 'link-citations': True, 'pagetitle': 'page'}))
         cmd = [pypandoc.get_pandoc_path(), '--from', READER, '--to', 'html5', '--template', HERE/'templates/fragment.html',
-               '--metadata-file', t/'meta.yml', '--lua-filter', HERE/'quarto.lua', '--citeproc', '--mathml', '--wrap=none',
+               '--metadata-file', t/'meta.yml', '--lua-filter', HERE/'quarto.lua', '--citeproc', '--mathml', '--wrap=none', '--syntax-highlighting=none',
                '--toc', f'--toc-depth={DEPTH}']
         try: out, problems = run([str(c) for c in cmd], markdown)
         except subprocess.TimeoutExpired: return '', '', [f'pandoc gave no answer within {PATIENCE} s, twice']
     body, _, toc = out.partition('<!--TABLE-OF-CONTENTS-->')
-    return tidy(body), re.sub(r' id="toc-[^"]*"', '', toc).strip(), problems
+    return tidy(highlight(body)), re.sub(r' id="toc-[^"]*"', '', toc).strip(), problems
 
 def tidy(body:str)->str:
     "Small repairs of pandoc's HTML"
-    body = re.sub(r'<span id="cb\d+-\d+"><a href="#cb\d+-\d+" aria-hidden="true" tabindex="-1"></a>', '<span>', body)  # line anchors
-    body = re.sub(r'<div class="sourceCode" id="cb\d+">', '<div class="sourceCode" data-pagefind-ignore>', body)  # search finds prose and names
     body = re.sub(r'<pre class="output', '<pre data-pagefind-ignore class="output', body)
     body = re.sub(r'<h1([^>]*id="bibliography"[^>]*)>(.*?)</h1>', r'<h2\1>\2</h2>', body)
     return body.replace('<annotation ', '<annotation data-pagefind-ignore ')  # else an excerpt says every formula twice

@@ -284,33 +284,30 @@ class TestScores:
 # ------------------------------------------------------------------------------------------------ reproduce
 
 class TestReproduce:
-    def test_killed_and_given_again(self, tmp_path):
-        "The smallest experiment, its parent killed in the middle; what was finished is not done again"
+    def test_interrupted_killed_and_given_again(self, tmp_path):
+        "The smallest experiment, interrupted in its first job and killed in a later one; what was finished is not done again"
         args, root = ["reproduce", "rlcr", "--scale", "test", "--workers", "2", "--out", tmp_path/"run"], tmp_path/"run"
-        p = start(*args, cwd=tmp_path)
-        try: wait_for(lambda: (root/"base"/"answers.parquet").exists(), p, 240)
-        finally:
-            p.send_signal(signal.SIGKILL)
-            p.communicate()
-        stamp = (root/"base"/"answers.parquet").stat().st_mtime_ns
+        def stopped(sign, when, seconds):
+            p = start(*args, cwd=tmp_path)
+            try:
+                wait_for(when, p, seconds)
+                p.send_signal(sign)
+                return p.communicate(timeout=120)[1], p.returncode
+            finally: p.kill()
+        err, code = stopped(signal.SIGINT, (root/"warm-up"/"output.txt").exists, 120)
+        assert code == 130 and "the same command goes on" in err and "Traceback" not in err
+        finished = lambda: [*root.glob("*-0/answers.parquet")]
+        stopped(signal.SIGKILL, finished, 240)
+        stamps = {f: f.stat().st_mtime_ns for f in [root/"warm-up"/"model"/"model.safetensors", *finished()]}
         p = start(*args, cwd=tmp_path)
         out, err = p.communicate(timeout=400)
         assert p.returncode == 0, err
         assert "going on in" in out and "RLCR seed 1: step 2/2" in out
-        assert (root/"base"/"answers.parquet").stat().st_mtime_ns == stamp
+        assert {f: f.stat().st_mtime_ns for f in stamps} == stamps and len(stamps) > 1
         from rlcr_suite.rlcr.experiment import read_evidence
         e = read_evidence(root/"evidence"/"rlcr"/"test")
         assert set(e.answers.arm) >= {"base", "rlvr", "rlcr"} and set(e.answers.seed) == {0, 1}
         assert e.about["seconds"] is None      # a run that was stopped has no duration
-
-    def test_an_interrupt_ends_with_130(self, tmp_path):
-        p = start("reproduce", "rlcr", "--scale", "test", "--out", tmp_path/"run", cwd=tmp_path)
-        try:
-            wait_for(lambda: (tmp_path/"run"/"base"/"output.txt").exists(), p)
-            p.send_signal(signal.SIGINT)
-            _, err = p.communicate(timeout=120)
-        finally: p.kill()
-        assert p.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
 
     def test_fresh_deletes_runs_only(self, tmp_path):
         (tmp_path/"thesis.tex").write_text("ten years of work")

@@ -34,7 +34,7 @@ def made_up(experiment, plan, accuracy, loss, seeds=(0, 1, 2), scale='quick'):
     "Evidence in which `accuracy(mixer, task, test, place)` of the answers are right and `loss(mixer, task, test, place)` is lost above an optimum of 1; place in [0, 1)"
     out = []
     for m in experiment.MIXERS:
-        for task, p in plan.items():
+        for task, p in ((t, p) for t, p in plan.items() if m in p.get('only', experiment.MIXERS)):
             for test, spec in p['tests'].items():
                 bins = spec.get('bins', 1)
                 for s in seeds:
@@ -52,8 +52,8 @@ def verdicts(results, e): return {c.id: c.holds for c in results.decide(e)}
 
 
 def levelled(m): return m.startswith('log_linear')
-LL_GOOD = lambda **k: made_up(lle, k.pop('plan', lle.QUICK), lambda m, task, test, x: .8 if levelled(m) else .5, lambda m, task, test, x: (.2 if levelled(m) else .5 + .3*x) - .5*x, **k)
-LL_SAME = lambda: made_up(lle, lle.QUICK, lambda *a: .5, lambda *a: .5)
+LL_GOOD = lambda **k: made_up(lle, k.pop('plan', lle.FULL), lambda m, task, test, x: .8 if levelled(m) else .5, lambda m, task, test, x: (.2 if levelled(m) else .5 + .3*x) - .5*x, **k)
+LL_SAME = lambda: made_up(lle, lle.FULL, lambda *a: .5, lambda *a: .5)
 
 
 def test_a_better_log_linear_form_is_found_better():
@@ -71,7 +71,7 @@ def test_equal_forms_are_not_found_different():
 
 def test_quarters_are_quarters():
     "A loss that falls in the first half only has stopped falling by the last quarter"
-    e = made_up(lle, lle.QUICK, lambda *a: .5, lambda m, task, test, x: 1 - min(x, .5))
+    e = made_up(lle, lle.FULL, lambda *a: .5, lambda m, task, test, x: 1 - min(x, .5))
     assert verdicts(llr, e)['falls-mamba2'] is False
     i = llr.change(trials.Measured(e.scores, 'mamba2', 'text', 'same'), 'loss', llr.QUARTERS[0], llr.QUARTERS[1])
     assert i.value == pytest.approx(-.25, abs=.02) and i.high < 0
@@ -117,6 +117,12 @@ def test_the_full_scale_decides_what_the_quick_one_leaves_open(tmp_path, monkeyp
     claims = {c.id: c for c in par.publish(PA_GOOD(), tmp_path/'path_attention.json')}
     assert claims['a5-layers'].scale == claims['mqrar'].scale == 'full' and claims['a5-layers'].holds and claims['mqrar'].holds
     assert claims['s5'].scale == 'quick' and claims['ruler'].status == 'no evidence yet'
+
+
+def test_the_small_language_is_left_to_the_full_scale():
+    v, whole = verdicts(llr, LL_GOOD(plan=lle.QUICK)), verdicts(llr, LL_GOOD())
+    open_ = {f'{what}-{name}' for what in ('text', 'falls', 'follows') for name in ('mamba2', 'gdn')}
+    assert {id for id in v if v[id] is None and whole[id] is not None} == open_
 
 
 @pytest.mark.parametrize('paper', CHAPTERS)

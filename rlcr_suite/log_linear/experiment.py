@@ -14,12 +14,12 @@ LINEAR = {'mamba2': 'log_linear_mamba2', 'gated_deltanet': 'log_linear_gdn'} # a
 MIXERS = (*LINEAR, *LINEAR.values(), 'softmax')
 LABELS = {'mamba2': 'Mamba-2', 'log_linear_mamba2': 'log-linear Mamba-2', 'gated_deltanet': 'Gated DeltaNet', 'log_linear_gdn': 'log-linear GDN', 'softmax': 'softmax'}
 
-# %% ../../nbs/03_log_linear/07_experiment.ipynb #d07c61b7
+# %% ../../nbs/03_log_linear/07_experiment.ipynb #e302b83d
 def _sizes(width:int, **more)->dict:
     slow = dict(dt_min=.1, dt_max=1., A_init_range=[.01, .1])
     return dict(layers=1, heads=1, head_dim=width, hidden_size=64, intermediate_size=64, max_length=1024, initializer_range=.1, mixer_kwargs=slow) | more
 _SOFTMAX = dict(mixers={'softmax': dict(layers=2, mixer_kwargs={})})
-_LINEAR = dict(only=(*LINEAR, *LINEAR.values())) # tasks on which softmax attention is not run
+_LINEAR = dict(only=[*LINEAR, *LINEAR.values()]) # tasks on which softmax attention is not run
 def _train(steps:int, batch:int, **more)->dict: return dict(steps=steps, batch=batch, lr=4e-3) | more
 
 def _recall(width:int, steps:int, batch:int=32)->dict:
@@ -30,12 +30,12 @@ def _rewritten(width:int, steps:int)->dict:
 _TEXT = dict(make=dict(task='text', T=256, names=32, words=8, alpha=.1), model=_sizes(16), train=_train(900, 8), tests={'same': dict(n=200, bins=16)}) | _SOFTMAX
 
 QUICK = {'mqar-8': _recall(8, 900), 'mqrar-8': _rewritten(8, 600)}
-FULL = {'mqar-8': _recall(8, 1500) | _SOFTMAX | dict(only=MIXERS), 'mqar-16': _recall(16, 1200), 'mqar-32': _recall(32, 800, batch=16),
+FULL = {'mqar-8': _recall(8, 1500) | _SOFTMAX | dict(only=[*MIXERS]), 'mqar-16': _recall(16, 1200), 'mqar-32': _recall(32, 800, batch=16),
         'mqrar-8': _rewritten(8, 1000), 'mqrar-16': _rewritten(16, 800), 'text': _TEXT}
 _SHORT, _FEW = dict(hidden_size=16), _train(2, 4)
 TEST = {'mqar-8': _recall(8, 2, 4), 'mqrar-8': _rewritten(8, 2) | dict(train=_FEW, tests={'same': dict(n=4, bins=4)}),
         'text': _TEXT | dict(make=_TEXT['make'] | dict(T=32), train=_FEW, tests={'same': dict(n=4, bins=16)})}
-SCALES = {'quick': trials.Scale(_LINEAR['only'], (0, 1, 2), QUICK), 'full': trials.Scale(MIXERS, (0, 1, 2), FULL), 'test': trials.Scale(MIXERS, (0,), TEST)}
+SCALES = {'quick': trials.Scale(tuple(_LINEAR['only']), (0, 1, 2), QUICK), 'full': trials.Scale(MIXERS, (0, 1, 2), FULL), 'test': trials.Scale(MIXERS, (0,), TEST)}
 
 # %% ../../nbs/03_log_linear/07_experiment.ipynb #75ed43fd
 EXPERIMENT = trials.Experiment('log_linear', SCALES)

@@ -90,7 +90,7 @@ def _special_case(e:Evidence)->Interval:
             worst = max(worst, apart(log_linear_attention(q, k, v, g, lam*0 + 1, beta=beta), linear_attention(q, k, v, g, beta=beta)))
     return exact(worst, 260)
 
-# %% ../../nbs/03_log_linear/08_results.ipynb #a448f497
+# %% ../../nbs/03_log_linear/08_results.ipynb #81df6f6b
 SIZES = ('mqar-8', 'mqar-16', 'mqar-32') # tasks of the plan, by the width of the state; the quick scale has the first
 REWRITTEN = ('mqrar-8', 'mqrar-16') # the same
 QUARTERS = tuple(slice(4*i, 4*i + 4) for i in range(4)) # of the sixteen bins of the text's places
@@ -106,16 +106,21 @@ def rewritten(e:Evidence, linear:str)->Interval:
     there = [t for t in REWRITTEN if t in set(e.scores.task)]
     return mean([interval(Measured(e.scores, LINEAR[linear], t, 'same'), 'accuracy', Measured(e.scores, linear, t, 'same')) for t in there])
 
-def language(e:Evidence, linear:str)->Interval:
-    "Loss of the log-linear form minus that of the linear one"
-    return interval(Measured(e.scores, LINEAR[linear], 'text', 'same'), 'loss', Measured(e.scores, linear, 'text', 'same'))
-def falls(e:Evidence, linear:str)->Interval:
-    "Loss of the log-linear form: last quarter minus the one before"
-    return change(Measured(e.scores, LINEAR[linear], 'text', 'same'), 'loss', QUARTERS[2], QUARTERS[3])
+def _text(e:Evidence, linear:str)->tuple[Measured, Measured]|None:
+    "The log-linear form and the linear one on the small language, where it was run"
+    return tuple(Measured(e.scores, m, 'text', 'same') for m in (LINEAR[linear], linear)) if 'text' in set(e.scores.task) else None
 
-def follows(e:Evidence, linear:str)->Interval:
+def language(e:Evidence, linear:str)->Interval|None:
+    "Loss of the log-linear form minus that of the linear one"
+    return (pair := _text(e, linear)) and interval(pair[0], 'loss', pair[1])
+
+def falls(e:Evidence, linear:str)->Interval|None:
+    "Loss of the log-linear form: last quarter minus the one before"
+    return (pair := _text(e, linear)) and change(pair[0], 'loss', QUARTERS[2], QUARTERS[3])
+
+def follows(e:Evidence, linear:str)->Interval|None:
     "Growth of the excess from the second to the last quarter: log-linear minus linear"
-    return change(*(Measured(e.scores, LINEAR[linear], 'text', 'same'), 'excess', QUARTERS[1], QUARTERS[3]), Measured(e.scores, linear, 'text', 'same'))
+    return (pair := _text(e, linear)) and change(pair[0], 'excess', QUARTERS[1], QUARTERS[3], pair[1])
 
 # %% ../../nbs/03_log_linear/08_results.ipynb #2efe455e
 benchmark = partial(trials.benchmark, 'log_linear')

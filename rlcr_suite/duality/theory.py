@@ -48,20 +48,21 @@ def dense(S: torch.Tensor, # (k, m n) any matrix
     "The map by a matrix, on weights read row by row."
     return Map(lambda g: S @ g.reshape(-1), lambda lam: (S.T @ lam).reshape(shape))
 
-# %% ../../nbs/09_duality/01_theorem.ipynb #f495a383
+# %% ../../nbs/09_duality/01_theorem.ipynb #94bbe710
 def regression(m: int = 12, # outputs
                n: int = 20, # inputs
                batch: int = 32, # rows a step
                seed: int = 0,
                dtype: torch.dtype = torch.float64,
               ) -> tuple[Callable[[torch.Tensor, int], torch.Tensor], torch.Tensor]: # loss(w, t) at the batch of step t, and w0 (m, n)
-    "A small problem to compare trajectories on: five times the mean squared error of GELU(X W^T), in minibatches of 128 fixed rows."
+    "A small problem to compare trajectories on: mean squared error of GELU(X W^T) against a teacher's, in minibatches of 128 fixed rows."
     g = torch.Generator().manual_seed(seed)
-    X, Y, w0 = (torch.randn(*s, generator=g, dtype=torch.float64).to(dtype) for s in ((128, n), (128, m), (m, n)))
+    X, teacher, w0 = (s*torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for s, shape in ((1, (128, n)), (.5, (m, n)), (.3, (m, n))))
+    Y = F.gelu(X @ teacher.T)
     def loss(w, t):
         i = torch.arange(t*batch, (t + 1)*batch) % 128
-        return 5*(F.gelu(X[i] @ w.T) - Y[i]).square().mean()
-    return loss, .3*w0
+        return (F.gelu(X[i] @ w.T) - Y[i]).square().mean()
+    return loss, w0
 
 # %% ../../nbs/09_duality/01_theorem.ipynb #a0bb2277
 EQUAL = 1e-12 # bound for two float64 trajectories that are equal in exact arithmetic, as `gap` measures them

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from .fused import AdapterLinear, ProjectedLinear, _attach_layer, _detach_layer, _Dual, _Full, _Sketch
 from .maps import Map, Projection
 
-# %% ../../nbs/09_duality/06_attach.ipynb #156ca0f5
+# %% ../../nbs/09_duality/06_attach.ipynb #7c2b9054
 def _whole(x: torch.Tensor) -> torch.Tensor:
     "All of a tensor, gathered if it is sharded"
     return x.full_tensor() if isinstance(x, DTensor) else x
@@ -35,7 +35,7 @@ def _local(x: torch.Tensor) -> torch.Tensor: return x.to_local() if isinstance(x
 
 def _add_up(W: torch.Tensor, p: Projection, L: torch.Tensor) -> None:
     "W += up(L), without a temporary of W's shape"
-    L = _whole(L).to(W.dtype)
+    L, p = _whole(L).to(W.dtype), p.to(_local(W).device, W.dtype)
     if p.P is not None and p.Q is not None: L = p.P @ L
     if p.P is None and p.Q is None: _local(W).add_(_rows(L, W))
     elif p.Q is not None: _local(W).addmm_(_rows(L, W), p.Q.mT)
@@ -91,7 +91,7 @@ class _Target:
         self.projection = new
         return old
 
-# %% ../../nbs/09_duality/06_attach.ipynb #e7942ca4
+# %% ../../nbs/09_duality/06_attach.ipynb #82cbb06e
 @dataclass(frozen=True)
 class Change:
     "A map that has changed"
@@ -103,7 +103,7 @@ class Duality:
     "A model whose linear layers are trained in small spaces. Made by `attach`"
     def __init__(self, model: nn.Module, targets: list[_Target], mode: str, refresh: int | None, state: str, decay: str, clip: str):
         self.model, self.targets, self.mode, self.refresh, self.state, self.decay, self.clip = model, targets, mode, refresh, state, decay, clip
-        self.step, self.changed, self.decayed = 0, [], False
+        self.step, self.changed, self.decayed, self.rebased = 0, [], False, False
         self._watch()
 
     def __repr__(self) -> str:
@@ -141,7 +141,7 @@ class Duality:
             G = t.weight.grad if self.mode == "gradient" else None
             if G is not None and t.seen is not None: t.seen.add(G)
             if t.map.kind == "svd" and t.seen is not None and t.seen.sums: self._singular(t)
-            if G is not None: t.lam.grad, t.weight.grad = t.projection.down(G).to(t.lam.dtype), None
+            if G is not None: t.lam.grad, t.weight.grad = t.projection.to(G.device, G.dtype).down(G).to(t.lam.dtype), None
 
     def _singular(self, t: _Target) -> None:
         "A new map from the gradient that will be projected with it"
@@ -151,6 +151,7 @@ class Duality:
         if self.mode == "adapter": t.lam.grad = t.projection.down(G).to(t.lam.dtype)
 
     def _change(self, t: _Target, new: Projection) -> None:
+        self.rebased = self.rebased or bool(_whole(t.lam).any())
         self.changed.append(Change(t.lam, t.rebase(new), new))
 
     @torch.no_grad()
@@ -212,7 +213,7 @@ class Duality:
     def state_dict(self) -> dict:
         "Tensors, numbers and strings: the step, every λ, and of the maps those that were found in gradients; what is random is drawn again"
         maps = {t.name: {side: x for side, x in (("P", t.projection.P), ("Q", t.projection.Q)) if x is not None} for t in self.targets if t.map.found}
-        return dict(step=self.step, decayed=self.decayed, recipe=self._recipe(), lam={t.name: _whole(t.lam.detach()).clone() for t in self.targets}, maps=maps)
+        return dict(step=self.step, decayed=self.decayed, rebased=self.rebased, recipe=self._recipe(), lam={t.name: _whole(t.lam.detach()).clone() for t in self.targets}, maps=maps)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping # of `state_dict`
@@ -221,7 +222,7 @@ class Duality:
         mine, theirs = self._recipe(), state["recipe"]
         for what in mine:
             if mine[what] != theirs[what]: raise ValueError(f"the state is of another {what}: {_difference(theirs[what], mine[what])}")
-        self.step, self.decayed, self.changed = state["step"], state["decayed"], []
+        self.step, self.decayed, self.rebased, self.changed = state["step"], state["decayed"], state["rebased"], []
         for t in self.targets:
             x = state["lam"][t.name].to(t.lam)
             _local(t.lam).copy_(_rows(x, t.lam))
@@ -230,12 +231,11 @@ class Duality:
         self._watch()
 
     def to_peft(self, folder: str | Path, # made if needed
-                base: Mapping[str, torch.Tensor] | None = None # the `state_dict` of the model that the adapter is for; the weights of the present period by default
+                base: Mapping[str, torch.Tensor] | None = None # `state_dict` of the model that the adapter is for; by default the weights that the first period began with
                ) -> Path: # the folder
-        """Write a LoRA adapter that PEFT loads. Without `base` it is λ of the first period, exactly. With `base` it is what separates the weights from those of `base`,
-        cut at the rank that so many periods can have. Raises `ValueError` if the change is not an adapter's: parameters trained besides, or periods or decay without `base`;
-        `ImportError` without peft"""
-        from rlcr_suite.duality.export import write_peft
+        """Write a LoRA adapter that PEFT loads. Without `base` it is λ, exactly, and is refused after the first change of a map or after decay of weights. With `base` it is all that separates
+        the weights from those of `base`, of the rank that it has. Raises `ValueError` where an adapter cannot say what has changed; needs `pip install 'rlcr-suite[train]'`"""
+        from rlcr_suite.duality.export import write_peft       # it needs peft, and this module
         return write_peft(self, Path(folder), base)
 
 # %% ../../nbs/09_duality/06_attach.ipynb #59530452

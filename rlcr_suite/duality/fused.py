@@ -31,14 +31,15 @@ class _Projected(torch.autograd.Function):
         dl = (rows if P is None else rows @ P).mT @ z.reshape(-1, z.shape[-1]) if need[3] else None
         return dx, None, db, dl if dl is None else dl.to(ctx.lam), None, None
 
-# %% ../../nbs/09_duality/05_fused.ipynb #1fbf2cbc
+# %% ../../nbs/09_duality/05_fused.ipynb #f4a7a05d
 class _Watch(torch.autograd.Function):
     "The identity on y; its backward shows X and dY to `seen`"
     @staticmethod
     def forward(ctx, y, x, seen):
         ctx.save_for_backward(x)
         ctx.seen = seen
-        return y.view_as(y)
+        ctx.mark_dirty(y)            # it is not changed; but neither copied nor a view of itself
+        return y
 
     @staticmethod
     @once_differentiable

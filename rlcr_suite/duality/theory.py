@@ -97,19 +97,22 @@ def matrix(S: Map, # any map
     units = torch.eye(shape[0]*shape[1], dtype=torch.float64).reshape(-1, *shape)
     return torch.stack([S.down(e).reshape(-1) for e in units], 1)
 
-# %% ../../nbs/09_duality/01_theorem.ipynb #7c8d1132
+# %% ../../nbs/09_duality/01_theorem.ipynb #17c99354
 def transfer(state: State | None, # of `adam` or `sgd_momentum`
              old: Map | None, # the map whose gradients it has seen
              new: Map, # the map whose gradients it will see
              policy: str, # "carry", "reset" or "rotate"
              shape: tuple[int, int], # (m, n) of the weight
             ) -> State | None:
-    "An optimizer's state after a change of the map; the number of steps is reset by \"reset\" only. Raises `ValueError` for another policy."
+    """An optimizer's state after a change of the map; the number of steps is reset by "reset" only. Raises `ValueError` for another policy, and for a state that
+    cannot be carried because the new map has another rank."""
     if policy not in ("carry", "reset", "rotate"): raise ValueError(f"policy has to be 'carry', 'reset' or 'rotate', not {policy!r}")
     if state is None or policy == "reset": return None
-    if policy == "carry": return state
-    D = matrix(new, shape) @ matrix(old, shape).T
     new_shape = new.down(torch.zeros(shape, dtype=torch.float64)).shape
+    if policy == "carry":
+        if state["m"].shape != new_shape: raise ValueError(f"policy 'carry' needs maps of one rank: a state of {tuple(state['m'].shape)} for gradients of {tuple(new_shape)}")
+        return state
+    D = matrix(new, shape) @ matrix(old, shape).T
     def by(A, x): return (A @ x.reshape(-1)).reshape(new_shape)
     return state | {"m": by(D, state["m"])} | ({"v": by(D*D, state["v"])} if "v" in state else {})
 

@@ -36,11 +36,11 @@ def adam(lr: float = .01, # learning rate
         return lr*(m/(1 - b1**t))/((v/(1 - b2**t)).sqrt() + eps), {"t": t, "m": m, "v": v}
     return step
 
-# %% ../../nbs/09_duality/01_theorem.ipynb #a5eedba3
+# %% ../../nbs/09_duality/01_theorem.ipynb #6fab1fdc
 class Map(NamedTuple):
     "A linear map of gradients, by what it does. The theorem needs `up` to be the transpose of `down`; nothing enforces it."
     down: Callable[[torch.Tensor], torch.Tensor]  # G (m, n) -> S G
-    up: Callable[[torch.Tensor], torch.Tensor]    # lambda, shaped as S G -> S^T lambda (m, n)
+    up: Callable[[torch.Tensor], torch.Tensor]  # lambda, shaped as S G -> S^T lambda (m, n)
 
 def dense(S: torch.Tensor, # (k, m n) any matrix
           shape: tuple[int, int], # (m, n) of the weight

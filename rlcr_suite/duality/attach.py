@@ -91,7 +91,7 @@ class _Target:
         self.projection = new
         return old
 
-# %% ../../nbs/09_duality/06_attach.ipynb #82cbb06e
+# %% ../../nbs/09_duality/06_attach.ipynb #d94c886a
 @dataclass(frozen=True)
 class Change:
     "A map that has changed"
@@ -145,7 +145,7 @@ class Duality:
 
     def _singular(self, t: _Target) -> None:
         "A new map from the gradient that will be projected with it"
-        G, t.seen = t.seen.G, None
+        G, t.seen = t.seen.G, None                  # once in a step
         if self.mode == "adapter": _average([G])
         self._change(t, t.map.find(G))
         if self.mode == "adapter": t.lam.grad = t.projection.down(G).to(t.lam.dtype)
@@ -189,8 +189,9 @@ class Duality:
 
     def zero_grad(self) -> None:
         "Forget gradients, also those that were only looked at"
-        for t in self.targets: t.weight.grad = t.lam.grad = None
-        self._watch()
+        for t in self.targets:
+            t.weight.grad = t.lam.grad = None
+            if t.seen is not None: t.seen.clear()
 
     # ------------------------------------------------------------------------------------------------ the end
 

@@ -31,7 +31,7 @@ class _Projected(torch.autograd.Function):
         dl = (rows if P is None else rows @ P).mT @ z.reshape(-1, z.shape[-1]) if need[3] else None
         return dx, None, db, dl if dl is None else dl.to(ctx.lam), None, None
 
-# %% ../../nbs/09_duality/05_fused.ipynb #f4a7a05d
+# %% ../../nbs/09_duality/05_fused.ipynb #5f7817e7
 class _Watch(torch.autograd.Function):
     "The identity on y; its backward shows X and dY to `seen`"
     @staticmethod
@@ -50,7 +50,8 @@ class _Watch(torch.autograd.Function):
 
 class _Full:
     "Adds up the gradient itself, for singular vectors"
-    def __init__(self): self.G = None
+    def __init__(self): self.clear()
+    def clear(self): self.G = None
     def __call__(self, x, dy): self.add(dy.mT @ x)
     def add(self, G): self.G = G if self.G is None else self.G + G
     @property
@@ -58,7 +59,11 @@ class _Full:
 
 class _Sketch:
     "Adds up sketches of the gradient: G Ω if the map has a P, Gᵀ Ω' if it has a Q"
-    def __init__(self, omegas: Projection): self.omegas, self.left, self.right = omegas, None, None
+    def __init__(self, omegas: Projection):
+        self.omegas = omegas
+        self.clear()
+
+    def clear(self): self.left = self.right = None
 
     def __call__(self, x, dy):
         rows, columns = self.omegas.P, self.omegas.Q

@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 from .attach import Change, Duality, _local, _rows, _whole
 from .maps import rotate
 
-# %% ../../nbs/09_duality/07_optimizer.ipynb #14a8d1bd
+# %% ../../nbs/09_duality/07_optimizer.ipynb #bf2c6e58
 MEANS, SQUARES = ("exp_avg", "momentum_buffer", "grad_avg"), ("exp_avg_sq", "square_avg", "max_exp_avg_sq", "sum")
 
 def _rotate(state: dict, change: Change) -> None:
     "Turn one parameter's moments, in place"
     for key, x in state.items():
-        if not isinstance(x, torch.Tensor) or x.shape != change.lam.shape: continue
-        if key not in MEANS + SQUARES: raise ValueError(f'state="rotate" does not know what {key!r} is; it turns {", ".join(MEANS + SQUARES)}. Use "carry" or "reset"')
+        if not isinstance(x, torch.Tensor) or x.numel() == 1: continue                    # a count of steps
+        if key not in MEANS + SQUARES or x.shape != change.lam.shape: raise ValueError(f'state="rotate" does not know what {key!r} is; it turns {", ".join(MEANS + SQUARES)}. Use "carry" or "reset"')
         turned = rotate(_whole(x), change.old.to(x.dtype), change.new.to(x.dtype), 1 if key in MEANS else 2)
         _local(x).copy_(_rows(turned, x))
 

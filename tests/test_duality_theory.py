@@ -174,6 +174,11 @@ def test_rotated_mean_square_is_right_for_uncorrelated_coordinates():
     want = transfer(state, old, new, "rotate", (M, 1))["v"]
     torch.testing.assert_close(new.down(old.up(g)).square().mean(1, keepdim=True), want, rtol=.02, atol=0)
 
+@pytest.mark.parametrize("option", ["policy", "decay_of", "clip"])
+def test_unknown_options(problem, option):
+    for run in (run_gradient, run_adapter):
+        with pytest.raises(ValueError, match=f"{option} has to be one of .* not 'other'"): run(*problem, MAPS["left"], adam(), 1, **{option: "other"})
+
 # ------------------------------------------------------------------------------------------------------------ decay
 
 D = .01*.1          # learning rate times weight decay

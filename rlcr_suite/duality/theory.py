@@ -48,12 +48,12 @@ def dense(S: torch.Tensor, # (k, m n) any matrix
     "The map by a matrix, on weights read row by row."
     return Map(lambda g: S @ g.reshape(-1), lambda lam: (S.T @ lam).reshape(shape))
 
-# %% ../../nbs/09_duality/01_theorem.ipynb #94bbe710
+# %% ../../nbs/09_duality/01_theorem.ipynb #c90d13b0
 def regression(m: int = 12, # outputs
                n: int = 20, # inputs
                batch: int = 32, # rows a step
-               seed: int = 0,
-               dtype: torch.dtype = torch.float64,
+               seed: int = 0, # of the rows, the teacher and the start
+               dtype: torch.dtype = torch.float64, # of all of them
               ) -> tuple[Callable[[torch.Tensor, int], torch.Tensor], torch.Tensor]: # loss(w, t) at the batch of step t, and w0 (m, n)
     "A small problem to compare trajectories on: mean squared error of GELU(X W^T) against a teacher's, in minibatches of 128 fixed rows."
     g = torch.Generator().manual_seed(seed)
@@ -97,7 +97,7 @@ def matrix(S: Map, # any map
     units = torch.eye(shape[0]*shape[1], dtype=torch.float64).reshape(-1, *shape)
     return torch.stack([S.down(e).reshape(-1) for e in units], 1)
 
-# %% ../../nbs/09_duality/01_theorem.ipynb #17c99354
+# %% ../../nbs/09_duality/01_theorem.ipynb #ba4b3cac
 def transfer(state: State | None, # of `adam` or `sgd_momentum`
              old: Map | None, # the map whose gradients it has seen
              new: Map, # the map whose gradients it will see
@@ -116,6 +116,11 @@ def transfer(state: State | None, # of `adam` or `sgd_momentum`
     def by(A, x): return (A @ x.reshape(-1)).reshape(new_shape)
     return state | {"m": by(D, state["m"])} | ({"v": by(D*D, state["v"])} if "v" in state else {})
 
+def _check(policy: str, decay_of: str, clip: str, watch: str = "") -> None:
+    options = (("policy", policy, ("carry", "reset", "rotate")), ("decay_of", decay_of, ("weight", "delta")), ("clip", clip, ("projected", "full")), ("watch", watch, ("", "lam", "weight")))
+    for name, value, known in options:
+        if value not in known: raise ValueError(f"{name} has to be one of {known}, not {value!r}")
+
 def _clipped(g: torch.Tensor, norm: torch.Tensor, max_norm: float | None) -> torch.Tensor:
     return g if max_norm is None or norm <= max_norm else g*(max_norm/norm)
 
@@ -126,7 +131,7 @@ def _grad(f: Callable, x: torch.Tensor) -> torch.Tensor:
 def _chosen(maps, period: int, gradient: Callable) -> Map:
     return maps if isinstance(maps, Map) else maps(period, gradient())
 
-# %% ../../nbs/09_duality/01_theorem.ipynb #e9ee6800
+# %% ../../nbs/09_duality/01_theorem.ipynb #7e765a6b
 def run_gradient(loss: Callable[[torch.Tensor, int], torch.Tensor], # loss(w, t) at step t's batch
                  w: torch.Tensor, # (m, n) start
                  maps: Map | Callable[[int, torch.Tensor], Map], # one map, or (period, full gradient at its first batch) -> map
@@ -140,7 +145,8 @@ def run_gradient(loss: Callable[[torch.Tensor, int], torch.Tensor], # loss(w, t)
                  clip: str = "projected", # which norm: "projected" or "full"
                  watch: bool = False, # show the optimizer the weights
                 ) -> torch.Tensor: # (steps + 1, m, n) the weights before, between and after
-    "Transform the gradient, step, go back by the transpose (@eq-gradient)."
+    "Transform the gradient, step, go back by the transpose (@eq-gradient). Raises `ValueError` for an option that there is not."
+    _check(policy, decay_of, clip)
     path, base, state, S = [w], w, None, None
     for t in range(steps):
         g = _grad(lambda w: loss(w, t), w)
@@ -167,7 +173,8 @@ def run_adapter(loss: Callable[[torch.Tensor, int], torch.Tensor], # loss(w, t) 
                 clip: str = "projected", # which norm: "projected", or "full", one number that has to be computed besides
                 watch: str = "", # show the optimizer the parameter: "lam" as any optimizer would, or "weight"
                ) -> torch.Tensor: # (steps + 1, m, n) the weights before, between and after
-    "Freeze the weights and train lambda in base + S^T lambda, by autograd with respect to lambda (@eq-adapter)."
+    "Freeze the weights and train lambda in base + S^T lambda, by autograd with respect to lambda (@eq-adapter). Raises as `run_gradient`."
+    _check(policy, decay_of, clip, watch)
     path, base, state, S, lam = [w], w, None, None, None
     for t in range(steps):
         if t == 0 or every and t % every == 0:

@@ -6,6 +6,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from rlcr_suite.duality import DualOptimizer, Left, OneSided, Right, TwoSided, attach
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")      # peft asks transformers by an old name
 TARGETS = r".*\.(q_proj|v_proj|down_proj)"
 
 def llama():

@@ -27,7 +27,8 @@ def no_network():
         yield
 
 # files of a minute and more, longest first: started last, one of them would keep one process busy while the others have nothing left to do
-SLOW = ('test_site', 'test_cli', 'test_kernels_log_linear_code', 'test_kernels_path', 'test_kernels_path_code', 'test_rlcr_train', 'test_kernels_log_linear')
+SLOW = ('test_site', 'test_cli', 'test_kernels_path', 'test_kernels_log_linear', 'test_kernels_path_code', 'test_kernels_log_linear_code', 'test_project', 'test_duality_distributed',
+        'test_core_chat', 'test_rlcr_train')
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))

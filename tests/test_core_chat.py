@@ -174,11 +174,14 @@ class TestFaults:
             assert len(others) == 3 and min(others) - first >= .8
 
     def test_waits_double(self):
+        "What the client decides to wait doubles, and that long it waits at least; how much longer is the machine's affair"
         with ScriptedServer(Reply("", 503)) as server, ServerChat("m", server.base_url, timeout=5., max_retries=3, backoff_base=.2) as chat:
+            decided, wait = [], chat._wait
+            chat._wait = lambda *a: decided.append(wait(*a)) or decided[-1]
             with pytest.raises(ChatError): chat.generate(ASK)
             gaps = np.diff(server.times)
-        for gap, full in zip(gaps, (.2, .4, .8)): assert full/2 <= gap < full + .5          # half a second for a busy machine
-        assert gaps[2] > gaps[0]
+        assert len(gaps) == 3 and len(decided) >= 3
+        for gap, d, full in zip(gaps, decided, (.2, .4, .8)): assert full/2 <= d <= full and gap >= d - .01     # clocks tick in milliseconds
 
     def test_one_failure_keeps_what_is_finished(self):
         answer = lambda r: Reply("no", 400) if r["messages"][0]["content"] == "bad" else "fine " + r["messages"][0]["content"]

@@ -75,7 +75,7 @@ def test_errors():
                        (lambda: Kron(torch.randn(3, 2), None).bind((4, 4)), "left has 3 rows"), (lambda: per_worker_map(2, 2, Left(3)), "outside"),
                        (lambda: per_worker_map(0, 2, Left(3, "svd")), "random")):
         with pytest.raises(ValueError, match=message): f()
-    with pytest.raises(NotImplementedError): Map(3).bind((4, 4))
+    with pytest.raises(TypeError, match="abstract"): Map(3)
 
 def test_rotation_of_a_subspace_onto_itself():
     "The same subspace in other coordinates: a carried gradient is wrong, a turned one exact, for maps of any scale"

@@ -204,7 +204,7 @@ def resume(trainer, # a `transformers.Trainer`, made with the callbacks of `jour
     trainer.model.eval()
     return trainer
 
-# %% ../../nbs/00_core/11_jobs.ipynb #89de8154
+# %% ../../nbs/00_core/11_jobs.ipynb #fd543325
 def write_table(table:'pandas.DataFrame', # changed: 64-bit floats become 32-bit ones
                 path:str|Path, # ends with .parquet
                )->None:
@@ -212,7 +212,8 @@ def write_table(table:'pandas.DataFrame', # changed: 64-bit floats become 32-bit
     path = Path(path)
     tmp = path.with_suffix('.tmp')
     for c in table.select_dtypes('float64'): table[c] = table[c].astype(np.float32)
-    table.to_parquet(tmp, compression='zstd', index=False)
+    floats = list(table.select_dtypes('float32'))   # byte by byte they pack a quarter smaller, and nothing is lost
+    table.to_parquet(tmp, compression='brotli', compression_level=11, use_byte_stream_split=floats, use_dictionary=[c for c in table if c not in floats], index=False)
     os.replace(tmp, path)
 
 def write_tables(path:str|Path, # folder

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Projection', 'Worker', 'Map', 'Left', 'Right', 'OneSided', 'TwoSided', 'Kron', 'rotate', 'per_worker_map']
 
-# %% ../../nbs/09_duality/04_maps.ipynb #9f12fc42
+# %% ../../nbs/09_duality/04_maps.ipynb #e33d5b63
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -68,14 +69,14 @@ def _leading(x: torch.Tensor, rank: int) -> torch.Tensor:
     "Leading left singular vectors, found in at least single precision"
     return torch.linalg.svd(x.to(_wide(x.dtype)), full_matrices=False).U[:, :rank].to(x.dtype).contiguous()
 
-# %% ../../nbs/09_duality/04_maps.ipynb #987841a1
+# %% ../../nbs/09_duality/04_maps.ipynb #a1ce8185
 class Worker(NamedTuple):
     "Which data-parallel worker a map belongs to; see `per_worker_map`"
     rank: int     # 0 ... world - 1
     world: int    # how many there are
 
 @dataclass(frozen=True)
-class Map:
+class Map(ABC):
     "A recipe for projections of weights (m, n). Use `Left`, `Right`, `OneSided`, `TwoSided` or `Kron`"
     rank: int                        # r, columns of each side
     kind: str = "semi-orthogonal"    # "semi-orthogonal", "gaussian", "rademacher": random; "svd", "randomized-svd": found in gradients
@@ -91,10 +92,10 @@ class Map:
         "Does it look at gradients?"
         return self.kind in FOUND
 
+    @abstractmethod
     def sides(self, shape: Sequence[int] # (m, n)
              ) -> tuple[bool, bool]: # is there a P, is there a Q
         "Which sides of a weight are projected"
-        raise NotImplementedError("Map is abstract; use Left, Right, OneSided, TwoSided or Kron")
 
     def check(self, shape: Sequence[int], # (m, n)
               name: str = "" # for the message

@@ -19,14 +19,18 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # torch goes first and alone, so that a local CPU build is found before anything asks for CUDA's libraries. The package is
-# built with the pinned setuptools: an isolated build would fetch whichever is newest.
+# built with the pinned setuptools: an isolated build would fetch whichever is newest. Python compiles what is imported when it is imported:
+# compiling all of every library takes longer than unpacking it. galore-torch, a peer in paper 9's tests, comes without bitsandbytes, which
+# only its 8-bit optimizer needs and which every import of transformers would import.
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 $(STAMP): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (some minutes the first time)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt 'pip>=24' setuptools wheel
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[all]'
+	@$(PIP) 'pip>=24' setuptools wheel
+	@$(PIP) torch
+	@$(PIP) --no-build-isolation -e '.[all]'
+	@$(PIP) --no-deps galore-torch
 	@touch $@
 
 install: $(STAMP) ## .venv with the package, editable, and all its extras

@@ -9,10 +9,11 @@ from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 
+LARGE = ['nbdev.processors', 'nbdev.showdoc', 'matplotlib.pyplot', 'pandas', 'scipy.stats', 'sympy', 'datasets', 'math_verify', 'torch', 'transformers.trainer', 'transformers.generation']
 STAMPS = '.stamps.json'  # in the folder of processed notebooks: notebook -> digest of what it was made from
 
 def work(src:Path, dst:Path)->str|None:
-    "Process one notebook; returns what went wrong. Runs in a process of its own, where heavy imports are paid once"
+    "Process one notebook; returns what went wrong. Runs in a process of its own: what notebooks import and change stays there"
     from execnb.nbio import read_nb, write_nb
     from nbdev.processors import FilterDefaults
     os.environ['IN_TEST'] = '1'  # nbdev's sign that nothing is to be exported
@@ -46,7 +47,10 @@ def process(proc:Path, force:bool=False)->list[str]:
         rel = old.relative_to(proc).as_posix()
         if rel not in notebooks or rel in todo: old.unlink()
     os.environ.setdefault('OMP_NUM_THREADS', '1')
-    with ProcessPoolExecutor(min(4, os.cpu_count()), mp_context=get_context('spawn')) as pool:
+    # forked from a process that has imported what is large; they end without IPython's own end, which collects garbage once a notebook
+    forked = get_context('forkserver')
+    forked.set_forkserver_preload(LARGE)
+    with ProcessPoolExecutor(min(4, os.cpu_count()), mp_context=forked) as pool:
         results = dict(zip(todo, pool.map(work, [notebooks[r] for r in todo], [proc/r for r in todo])))
     problems = {rel: why for rel, why in results.items() if why}
     proc.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,6 @@ def Step(tmp_path, monkeypatch):
     (tmp_path/'lib').mkdir()
     (tmp_path/'lib'/'stepping.py').write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path/'lib')
-    monkeypatch.setenv('PYTHONPATH', str(tmp_path/'lib'))
     sys.modules.pop('stepping', None)
     import stepping
     (tmp_path/'run').mkdir()
@@ -78,7 +77,7 @@ def test_stages_wait_and_reports_come(Step):
 
 
 def test_workers_bound_what_runs_at_once(Step):
-    jobs = [Step(str(i), seconds=.3) for i in range(4)]
+    jobs = [Step(str(i), seconds=.7) for i in range(3)] # each is seen by a watch that looks twice a second
     most = [0]
     def watch(rows): most[0] = max(most[0], sum((Path(j.dir)/'output.txt').exists() and not j.done for j, _ in rows))
     run([jobs], workers=1, watch=watch)
@@ -108,7 +107,7 @@ def test_interrupt_ends_what_runs(Step):
 
 def test_a_job_dies_with_its_parent(Step, tmp_path):
     job = Step('orphan', seconds=60)
-    code = f"from stepping import Step; from rlcr_suite.core.jobs import run; run([[Step({str(tmp_path/'run')!r}, 'orphan', seconds=60)]])"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path/'lib')!r}); from stepping import Step; from rlcr_suite.core.jobs import run; run([[Step({str(tmp_path/'run')!r}, 'orphan', seconds=60)]])"
     parent = subprocess.Popen([sys.executable, '-c', code])
     try:
         until(lambda: (tmp_path/'run'/'begun').exists())
@@ -123,14 +122,15 @@ def test_a_job_dies_with_its_parent(Step, tmp_path):
 def test_two_processes_never_work_in_one_folder(Step):
     job = Step('one', seconds=.5)
     ps = [start(job) for _ in range(3)]
-    assert [p.wait(60) for p in ps] == [0]*3 and len(begun(job)) == 1
+    for p in ps: p.join(60)
+    assert [p.exitcode for p in ps] == [0]*3 and len(begun(job)) == 1
 
 
 def test_a_killed_job_leaves_no_lock(Step):
     slow = Step('slow', seconds=60)
     p = start(slow)
     until(lambda: (Path(slow.root)/'begun').exists())
-    p.kill(); p.wait()
+    p.kill(); p.join()
     quick = Step('slow') # the same folder
     here(quick)
     assert quick.done

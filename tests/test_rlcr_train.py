@@ -12,18 +12,6 @@ import pytest
 from rlcr_suite.rlcr.train import MARKER, PRESETS, accumulation, advantages, confidence_game, grpo, journal, last_checkpoint, tokenize
 
 STEPS = 6
-CODE = '''
-import sys, torch
-torch.set_num_threads(1)
-from rlcr_suite.core.lm import load, save
-from rlcr_suite.rlcr.train import grpo
-from rlcr_suite.rlcr.verify import exact_match
-from rlcr_suite.rlcr.world import questions
-base, out = sys.argv[1:]
-model, tok = load(base, device='cpu')
-grpo(model, tok, questions(64), exact_match, out, per_device_train_batch_size=16, gradient_accumulation_steps=2, max_steps=%d, save_steps=1)
-save(model, tok, out + '/model')
-''' % STEPS
 
 
 @pytest.fixture(scope='module')
@@ -38,9 +26,23 @@ def base(tmp_path_factory) -> Path:
     return save(model, tok, out/'model')
 
 
+def train(base: Path, out: Path) -> None:
+    "Learn, or go on with it, and keep the model"
+    import torch
+    from rlcr_suite.core.lm import load, save
+    from rlcr_suite.rlcr.verify import exact_match
+    from rlcr_suite.rlcr.world import questions
+    torch.set_num_threads(1)
+    model, tok = load(base, device='cpu')
+    grpo(model, tok, questions(64), exact_match, out, per_device_train_batch_size=16, gradient_accumulation_steps=2, max_steps=STEPS, save_steps=1)
+    save(model, tok, Path(out)/'model')
+
+
 def start(base: Path, out: Path) -> subprocess.Popen:
+    "The same in a process of its own"
     env = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
-    return subprocess.Popen([sys.executable, '-c', CODE, str(base), str(out)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    code = 'import sys; sys.path.insert(0, sys.argv[1]); from test_rlcr_train import train; train(*sys.argv[2:])'
+    return subprocess.Popen([sys.executable, '-c', code, str(Path(__file__).parent), str(base), str(out)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def weights(model: Path) -> dict:
@@ -51,7 +53,7 @@ def weights(model: Path) -> dict:
 @pytest.fixture(scope='module')
 def uninterrupted(base, tmp_path_factory):
     out = tmp_path_factory.mktemp('whole')
-    assert start(base, out).wait(600) == 0
+    train(base, out)
     return out
 
 

@@ -1,7 +1,7 @@
 """Training by projected gradients beside galore-torch, on a Llama of 21 million parameters in float32: bytes held when gradients are accumulated, seconds of a step, of a linear
 layer forward and backward, and of a change of the maps; and whether the optimizer's state comes back through torch.load's defaults. On a CPU one thread."""
 from __future__ import annotations
-import io, time, warnings
+import importlib, io, time, warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -137,7 +137,7 @@ def _sketched(d)->Callable[[int], int]:
 
 def _galores(model, rank:int)->Callable[[int], int]:
     "The singular value decompositions of galore-torch's projector"
-    from galore_torch.galore_projector import GaLoreProjector
+    GaLoreProjector = importlib.import_module(galore_class().__module__.replace('adamw', 'galore_projector')).GaLoreProjector
     gradients = [torch.randn_like(m.weight) for n, m in model.named_modules() if n.endswith('_proj')]
     def run(i):
         for G in gradients: GaLoreProjector(rank).project(G, 0)

@@ -1,10 +1,11 @@
 """DualOptimizer against an independent reference, against galore-torch, and in the uses that an optimizer has: decay, clipping, accumulation, schedules, checkpoints, export, Trainer."""
-import copy, importlib, importlib.util, io, sys, types
+import copy, importlib, io, sys
 import pytest
 import torch
 from torch import nn
 from rlcr_suite.duality import DualOptimizer, Kron, Left, OneSided, Right, TwoSided, attach
 from rlcr_suite.duality import theory
+from rlcr_suite.duality.experiment import galore_class
 
 f64 = torch.float64
 SAME = 1e-12        # relative, float64: the same trajectory in another order of sums, some tens of steps, several changes of the map
@@ -117,14 +118,10 @@ def test_decay_delta_is_the_adapters():
 
 @pytest.fixture(scope="module")
 def galore():
-    "The AdamW of galore-torch 1.0, without its package, whose other optimizers ask for bitsandbytes"
-    spec = importlib.util.find_spec("galore_torch")
-    if spec is None: pytest.skip("galore-torch is not installed")
-    if "galore_torch" not in sys.modules:
-        package = types.ModuleType("galore_torch")
-        package.__path__ = spec.submodule_search_locations
-        sys.modules["galore_torch"] = package
-    return importlib.import_module("galore_torch.adamw"), importlib.import_module("galore_torch.galore_projector")
+    "Modules of galore-torch 1.0: its AdamW, its projector"
+    try: name = galore_class().__module__
+    except ImportError as e: pytest.skip(str(e))
+    return sys.modules[name], importlib.import_module(name.replace("adamw", "galore_projector"))
 
 # galore-torch's ε is added before the correction of the bias, torch's after: here both are too small to matter. Its decay comes after the step, torch's before: none.
 def by_galore(adamw, steps, refresh, scale=1.):

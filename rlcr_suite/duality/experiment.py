@@ -77,7 +77,7 @@ SCALES = {'quick': Scale(('adamw', 'lora', 'galore', 'svd', 'semi-orthogonal', '
           'full': Scale(tuple(ARMS), (0, 1, 2), _plan(512, 5, 64, 16, 2e-3)),
           'test': Scale(tuple(ARMS), (0,), _plan(16, 1, 4, 2, 3e-3, batch=4, tests=8, T=16, tokens=8))}
 
-# %% ../../nbs/09_duality/09_experiment.ipynb #c6f1efb9
+# %% ../../nbs/09_duality/09_experiment.ipynb #f7fc61ac
 def tiny_llama(plan:Mapping[str, Any], # of a `Scale`
                seed:int=0, # of the first weights
               ): # `LlamaForCausalLM`, float32
@@ -109,11 +109,14 @@ def _full(model, plan, arm, seed):
 
 def galore_class()->type: # of an optimizer
     "`GaLoreAdamW`. Raises `ImportError` where galore-torch is missing"
-    import logging
-    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)  # it comes along, and tells of kernels for GPUs that it has not found
-    try: from galore_torch import GaLoreAdamW
-    except ImportError as e: raise ImportError("galore-torch itself is run here: pip install 'rlcr-suite[dev]'") from e
-    return GaLoreAdamW
+    import importlib, importlib.util, sys
+    from types import ModuleType
+    if not (found := importlib.util.find_spec('galore_torch')): raise ImportError('galore-torch itself is run here: pip install --no-deps galore-torch')
+    if '_galore_torch' not in sys.modules:
+        # the package's first line imports its 8-bit optimizer, and with it bitsandbytes, which the rest of it does not need
+        package = sys.modules['_galore_torch'] = ModuleType('_galore_torch')
+        package.__path__ = list(found.submodule_search_locations)
+    return importlib.import_module('_galore_torch.adamw').AdamW
 
 def _galore(model, plan, arm, seed):
     options = dict(rank=plan['rank'], update_proj_gap=plan['refresh'], scale=1., proj_type='std')
@@ -238,7 +241,7 @@ def _mean_loss(model, task:'Task')->float:
     from rlcr_suite.core.tasks import score
     return float(np.nanmean(score(model, task).loss))
 
-# %% ../../nbs/09_duality/09_experiment.ipynb #86667a7c
+# %% ../../nbs/09_duality/09_experiment.ipynb #2c3c654d
 @dataclass(frozen=True)
 class Trial(core.Job):
     "Some arms with one seed, one after the other: to import everything takes longer than some arms do"
@@ -246,6 +249,7 @@ class Trial(core.Job):
     seed: int
     root: str # folder of the experiment
     plan: dict # of a `Scale`
+    imports = 'pandas', 'torch', 'transformers.trainer', 'peft', 'datasets'
 
     @property
     def dir(self)->Path: return Path(self.root)/f'{self.arms[0]}-{self.seed}'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Change', 'Duality', 'attach']
 
-# %% ../../nbs/09_duality/06_attach.ipynb #b0422979
+# %% ../../nbs/09_duality/06_attach.ipynb #e9860778
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from .fused import AdapterLinear, ProjectedLinear, QuantisedLinear, _attach_layer, _detach_layer, _Dual, _Full, _Sketch
-from .maps import Map, Projection, _generator
+from .maps import Map, Projection, _generator, _wide
 
 # %% ../../nbs/09_duality/06_attach.ipynb #7c2b9054
 def _whole(x: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ def _average(tensors: Sequence[torch.Tensor]) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1: return
     for x in tensors: dist.all_reduce(x.div_(dist.get_world_size()))
 
-# %% ../../nbs/09_duality/06_attach.ipynb #57934880
+# %% ../../nbs/09_duality/06_attach.ipynb #4dc4bb37
 class _Target:
     "One attached weight"
     def __init__(self, name: str, layer: nn.Linear, map: Map, mode: str, weights: str):
@@ -54,8 +54,7 @@ class _Target:
         first = self.bound(0)
         if mode == "gradient":
             layer.weight.requires_grad_(True)
-            wide = torch.promote_types(layer.weight.dtype, torch.float32)
-            self._lam, self._projection, self._seen = nn.Parameter(torch.zeros(first.low(self.shape), dtype=wide, device=layer.weight.device)), first, None
+            self._lam, self._projection, self._seen = nn.Parameter(torch.zeros(first.low(self.shape), dtype=_wide(layer.weight.dtype), device=layer.weight.device)), first, None
         else: _attach_layer(layer, AdapterLinear if mode == "adapter" else QuantisedLinear if weights == "int8" else ProjectedLinear, first)
         if weights == "int8": layer.quantise(self._dice("begin"))
 
@@ -77,7 +76,7 @@ class _Target:
     @property
     def rounded(self) -> bool: return isinstance(self.layer, QuantisedLinear)
     @property
-    def dtype(self) -> torch.dtype: return self.layer.scale.dtype if self.rounded else self.weight.dtype
+    def dtype(self) -> torch.dtype: return self.layer.like.dtype if self.rounded else self.weight.dtype
 
     def bound(self, period: int) -> Projection:
         return self.map.bind(self.shape, self.name, period, self.dtype, self.weight.device)
@@ -106,7 +105,7 @@ class _Target:
         self.projection = new
         return old
 
-# %% ../../nbs/09_duality/06_attach.ipynb #74bef8b9
+# %% ../../nbs/09_duality/06_attach.ipynb #84d50d8e
 @dataclass(frozen=True)
 class Change:
     "A map that has changed"
@@ -243,7 +242,7 @@ class Duality:
             x = state["lam"][t.name].to(t.lam)
             _local(t.lam).copy_(_rows(x, t.lam))
             found = state["maps"].get(t.name, {})
-            t.projection = Projection(found.get("P"), found.get("Q")).to(t.weight.device, t.weight.dtype) if t.map.found else t.bound(self.step//self.refresh if self.refresh else 0)
+            t.projection = Projection(found.get("P"), found.get("Q")).to(t.weight.device, t.dtype) if t.map.found else t.bound(self.step//self.refresh if self.refresh else 0)
         self._watch()
 
     def to_peft(self, folder: str | Path, # made if needed

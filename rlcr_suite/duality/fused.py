@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ProjectedLinear', 'AdapterLinear', 'QuantisedLinear']
 
-# %% ../../nbs/09_duality/05_fused.ipynb #f8859578
+# %% ../../nbs/09_duality/05_fused.ipynb #1a8e1fa8
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from .maps import Projection
+from .maps import Projection, _wide
 
 # %% ../../nbs/09_duality/05_fused.ipynb #33523a24
 def _small(dy: torch.Tensor, z: torch.Tensor, P: torch.Tensor | None) -> torch.Tensor:
@@ -130,13 +130,12 @@ class AdapterLinear(_Dual):
             L = F.linear(x if Q is None else x @ Q, self.dual.to(x.dtype))
             return self._watched(F.linear(x, W, b) + (L if P is None else L @ P.mT), x)
 
-# %% ../../nbs/09_duality/05_fused.ipynb #b3af0de0
+# %% ../../nbs/09_duality/05_fused.ipynb #fe4758fa
 def _attach_layer(layer: nn.Linear, kind: type[_Dual], projection: Projection) -> None:
     "Change a linear layer's class; its weight is frozen and λ = 0"
     layer.__class__, layer.projection, layer.seen = kind, projection, None
     layer.weight.requires_grad_(False)
-    wide = torch.promote_types(layer.weight.dtype, torch.float32)
-    layer.dual = nn.Parameter(torch.zeros(projection.low(layer.weight.shape), dtype=wide, device=layer.weight.device))
+    layer.dual = nn.Parameter(torch.zeros(projection.low(layer.weight.shape), dtype=_wide(layer.weight.dtype), device=layer.weight.device))
 
 def _detach_layer(layer: _Dual) -> None:
     "Back to what it was"
@@ -144,66 +143,69 @@ def _detach_layer(layer: _Dual) -> None:
     del layer.dual, layer.projection, layer.seen
     layer.__class__ = nn.Linear
 
-# %% ../../nbs/09_duality/05_fused.ipynb #41e86630
+# %% ../../nbs/09_duality/05_fused.ipynb #e2079c54
 LEVELS, ROOM = 127, 1.1    # largest integer; how much larger than now the largest entry of a row may become
 
 def _round(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     "Up or down at random, right on average (@eq-stochastic); drawn on the CPU, so that it does not depend on the device"
-    return (y + torch.rand(y.shape, generator=generator, dtype=y.dtype).to(y.device)).floor_()
+    low = y.floor()              # the fraction by itself: beside a large whole part, u would be rounded before it is cut off
+    return low.add_((y - low).add_(torch.rand(y.shape, generator=generator, dtype=y.dtype).to(y.device)).floor_())
+
+def _dequantised(Z: torch.Tensor, s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: return (Z*s[:, None]).to(dtype)
 
 class _ProjectedRows(torch.autograd.Function):
-    "y = x (s Z)ᵀ + b with integer Z; otherwise as `_Projected`. Nothing but the integers is kept of the weight"
+    "y = x (s Z)ᵀ + b with integer Z; otherwise as `_Projected`. Of the weight nothing but the integers and their scales is kept"
     @staticmethod
     def forward(ctx, x, Z, s, b, lam, P, Q):
         ctx.save_for_backward(x if Q is None else x @ Q, Z, s, P)
         ctx.lam = lam.dtype
-        return _rows_linear(x, Z, s, b)
+        return F.linear(x, _dequantised(Z, s, x.dtype), b)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         z, Z, s, P = ctx.saved_tensors
         need = ctx.needs_input_grad
-        dx = (dy*s) @ Z.to(dy.dtype) if need[0] else None
+        dx = dy @ _dequantised(Z, s, dy.dtype) if need[0] else None
         db = dy.reshape(-1, dy.shape[-1]).sum(0) if need[3] else None
         dl = _small(dy, z, P).to(ctx.lam) if need[4] else None
         return dx, None, None, db, dl, None, None
 
-def _rows_linear(x: torch.Tensor, Z: torch.Tensor, s: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-    y = F.linear(x, Z.to(x.dtype)).mul_(s)
-    return y if b is None else y.add_(b)
-
-# %% ../../nbs/09_duality/05_fused.ipynb #e06b0fb8
+# %% ../../nbs/09_duality/05_fused.ipynb #1939869b
 class QuantisedLinear(ProjectedLinear):
     "A `ProjectedLinear` whose weight is 8-bit integers with a scale a row, rounded at random when λ is merged (Q-GaLore, Zhang et al. 2024)"
-    scale: torch.Tensor    # (m,)
+    scale: torch.Tensor    # (m,), float32 at least
+    like: torch.Tensor     # empty, in the dtype of the weight that was; it is moved with the model
 
-    def quantise(self, generator: torch.Generator) -> None:
+    def quantise(self, generator: torch.Generator # of the rounding
+                ) -> None:
         "Begin: the weight becomes integers"
-        W = self.weight.detach()
+        W = self.weight.detach().to(_wide(self.weight.dtype))
+        self.register_buffer("like", self.weight.new_empty(0), persistent=False)
         self.register_buffer("scale", (ROOM*W.abs().amax(1)/LEVELS).clamp(min=torch.finfo(W.dtype).tiny))
         self.weight = nn.Parameter(_round(W/self.scale[:, None], generator).to(torch.int8), requires_grad=False)
 
     def add(self, dW: torch.Tensor, # (m, n)
-            generator: torch.Generator) -> None:
+            generator: torch.Generator # of the rounding
+           ) -> None:
         "W ← round(W + dW), on the grid that there is, or on a coarser one in rows that have outgrown it"
-        y = self.weight + dW.to(self.scale.dtype)/self.scale[:, None]
-        largest = y.abs().amax(1)
-        grow = torch.where(largest > LEVELS, ROOM*largest/LEVELS, 1.)
-        self.scale.mul_(grow)
-        self.weight.copy_(_round(y/grow[:, None], generator).clamp_(-LEVELS, LEVELS))
+        s = self.scale.to(_wide(self.scale.dtype))[:, None]
+        largest = (self.weight*s).add_(dW).abs_().amax(1, keepdim=True)
+        new = torch.where(largest > LEVELS*s, ROOM*largest/LEVELS, s).to(self.scale.dtype)
+        self.weight.copy_(_round(self.weight*(s/new) + dW/new, generator).clamp_(-LEVELS, LEVELS))
+        self.scale.copy_(new[:, 0])
 
-    def dequantised(self) -> torch.Tensor: # (m, n)
+    def dequantised(self) -> torch.Tensor: # (m, n), in the dtype of `scale`
         "The weight that it stands for"
         return self.weight*self.scale[:, None]
 
     def _plain(self):
-        self.weight = nn.Parameter(self.dequantised())
-        del self.scale
+        self.weight = nn.Parameter(self.dequantised().to(self.like.dtype))
+        del self.scale, self.like
 
     def forward(self, x: torch.Tensor # (..., n)
                ) -> torch.Tensor: # (..., m)
         x, b, P, Q = self._operands(x)
         with torch.autocast(x.device.type, enabled=False):
-            s = self.scale.to(x.dtype)
-            return self._watched(_ProjectedRows.apply(x, self.weight, s, b, self.dual, P, Q) if torch.is_grad_enabled() else _rows_linear(x, self.weight, s, b), x)
+            y = _ProjectedRows.apply(x, self.weight, self.scale, b, self.dual, P, Q) if torch.is_grad_enabled() else F.linear(x, _dequantised(self.weight, self.scale, x.dtype), b)
+            return self._watched(y, x)

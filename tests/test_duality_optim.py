@@ -219,6 +219,35 @@ def test_schedules_closures_and_groups():
     assert losses[2] < losses[0] and opt.base.param_groups[0]["lr"] == 1e-2/4 and opt.param_groups[0]["weight_decay"] == .1
     assert set(map(id, opt.state)) == {id(p) for p in d.parameters()}
 
+def test_eight_bit_moments_of_bitsandbytes():
+    "AdamW8bit over λ: 8 bits of state for parameters of 4096 numbers and more, near to AdamW, and resumed bit for bit"
+    optim = pytest.importorskip("bitsandbytes.optim")
+    x = torch.randn(12, 32, 128, generator=torch.Generator().manual_seed(1))
+    def begin(base, state="carry"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(128, 512, bias=False), nn.Tanh(), nn.Linear(512, 128, bias=False))
+        return model, DualOptimizer(base, attach(model, "[02]", OneSided(32), mode="fused", refresh=5, state=state), lr=1e-3)
+    def train(model, opt, data):
+        for y in data:
+            opt.zero_grad(); (model(y) - y.roll(1, 1)).square().mean().backward(); opt.step()
+    whole, opt = begin(optim.AdamW8bit)
+    first = flat(whole).clone()
+    train(whole, opt, x)
+    moments = [m for s in opt.state.values() for m in (s["state1"], s["state2"])]
+    assert len(moments) == 4 and {m.dtype for m in moments} == {torch.uint8} and {m.numel() for m in moments} == {32*512}
+    exact, adamw = begin(torch.optim.AdamW)
+    train(exact, adamw, x)
+    assert apart(flat(whole) - first, flat(exact) - first) < .2
+    model, opt = begin(optim.AdamW8bit)
+    train(model, opt, x[:7])
+    file = io.BytesIO()
+    torch.save([model.state_dict(), opt.state_dict()], file); file.seek(0)
+    states, (model, opt) = torch.load(file), begin(optim.AdamW8bit)
+    model.load_state_dict(states[0]); opt.load_state_dict(states[1])
+    train(model, opt, x[7:])
+    assert torch.equal(flat(model), flat(whole))
+    with pytest.raises(ValueError, match="state1.*reset"): train(*begin(optim.AdamW8bit, "rotate"), x[:5])      # moments in eight bits cannot be turned
+
 def test_zero_rate_changes_nothing_and_frozen_stays_frozen():
     model = network()
     model[4].requires_grad_(False)

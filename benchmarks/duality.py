@@ -1,10 +1,8 @@
 """Training by projected gradients beside galore-torch, on a Llama of 21 million parameters in float32: bytes held when gradients are accumulated, seconds of a step, of a linear
 layer forward and backward, and of a change of the maps; and whether the optimizer's state comes back through torch.load's defaults. On a CPU one thread."""
-from __future__ import annotations
 import importlib, io, time, warnings
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -61,9 +59,16 @@ def memory(sizes:dict, args)->list[dict]:
             accumulated(model, opt, data)
             opt.zero_grad()
             found[name] = footprint(model, opt, lambda: model(input_ids=data[0], labels=data[0], use_cache=False).loss)
+            if name == 'galore': spare = unread(opt)
         total = {name: sum(f.values()) for name, f in found.items()}
-        rows.append(dict(case='memory', rank=sizes['hidden_size']//fraction, fraction=fraction, checkpointed=checkpointed, tokens=tokens, bytes=found, total=total, ratio=total['fused']/total['galore']))
+        rows.append(dict(case='memory', rank=sizes['hidden_size']//fraction, fraction=fraction, checkpointed=checkpointed, tokens=tokens, bytes=found, total=total, ratio=total['fused']/total['galore'],
+                         ratio_copied=total['fused']/(total['galore'] - spare)))
     return rows
+
+def unread(opt)->int:
+    "Bytes that galore-torch's projectors keep alive and never read: the r singular vectors of a float32 weight are a view of all of them"
+    maps = [s['projector'].ortho_matrix for s in opt.state.values() if 'projector' in s]
+    return sum(P.untyped_storage().nbytes() - P.numel()*P.element_size() for P in maps)
 
 def layer(T:int, n:int, m:int, args)->dict:
     "Forward and backward of one layer at a rank of an eighth of its width: the full gradient, projected afterwards, and the fused form"

@@ -6,9 +6,9 @@
 __all__ = ['ARMS', 'LABELS', 'TARGETS', 'SCALES', 'language', 'Scale', 'tiny_llama', 'galore_class', 'build', 'footprint',
            'train', 'Trial', 'jobs', 'run', 'collect']
 
-# %% ../../nbs/09_duality/09_experiment.ipynb #fe2a7201
+# %% ../../nbs/09_duality/09_experiment.ipynb #510c95c6
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,7 +162,7 @@ def _need_peft()->None:
     try: import peft # noqa: F401
     except ImportError as e: raise ImportError("the arm lora runs PEFT: pip install 'rlcr-suite[train]'") from e
 
-# %% ../../nbs/09_duality/09_experiment.ipynb #389a6c07
+# %% ../../nbs/09_duality/09_experiment.ipynb #100fb267
 def _tensors(x)->list: # all tensors in dictionaries, lists and plain objects
     import torch
     if isinstance(x, torch.Tensor): return [x]
@@ -179,7 +179,8 @@ def footprint(model:'torch.nn.Module', # after a step, so that the optimizer has
              )->dict[str, int]: # bytes of weights, gradients, state, activations
     "What training holds between the forward and the backward pass, and the gradients that follow; gradients are left in place"
     import torch
-    d = getattr(optimizer, 'd', None)
+    from rlcr_suite.duality import DualOptimizer
+    d = optimizer.d if isinstance(optimizer, DualOptimizer) else None
     weights = [*model.parameters(), *model.buffers()]
     maps = [x for t in d.targets for x in (t.projection.P, t.projection.Q) if x is not None] if d else []
     lambdas = d.lambdas() if d else []
@@ -196,7 +197,7 @@ def footprint(model:'torch.nn.Module', # after a step, so that the optimizer has
     return dict(weights=_bytes(w for w in weights if id(w) not in mine), gradients=_bytes(p.grad for p in trained if p.grad is not None),
                 state=_bytes([*_tensors(dict(optimizer.state)), *maps, *lambdas]), activations=activations)
 
-# %% ../../nbs/09_duality/09_experiment.ipynb #71c1e436
+# %% ../../nbs/09_duality/09_experiment.ipynb #b4229cd0
 def _rate(step:int, steps:int)->float: return min((step + 1)/max(1, steps//10), 1 - .9*step/steps)
 
 def _meet(models:list)->None:
@@ -212,8 +213,10 @@ def train(name:str, # a key of `ARMS`
           seed:int=0, # of the first weights, the batches and the maps
           each:Callable[[dict], None]=lambda row: None, # gets a row a step: step, loss, held_out (NaN where it was not scored), seconds
          )->tuple[Any, dict]: # the first worker's model, and bytes by `footprint`, of one worker
-    "Train one arm from its beginning to its end"
-    pairs, steps = build(name, plan, seed), plan['steps']
+    "Train one arm from its beginning to its end. Raises `ValueError` for an unknown arm, and for fewer than two steps: memory is counted in the second"
+    steps = plan['steps']
+    if steps < 2: raise ValueError(f'steps must be at least 2, got {steps}')
+    pairs = build(name, plan, seed)
     held_out = language(plan['tests']//4, **plan['language'], seed=TEST_SEED + 1)
     base, size = [[g['lr'] for g in opt.param_groups] for _, opt in pairs], plan['batch']//len(pairs)
     for step in range(steps):

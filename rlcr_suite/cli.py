@@ -127,7 +127,7 @@ class Board:
         return True
 
 # %% ../nbs/cli.ipynb #043dd118
-PAPERS = ('rlcr', 'log_linear', 'path_attention') # papers that can be reproduced
+PAPERS = ('rlcr', 'log_linear', 'path_attention', 'duality') # papers that can be reproduced
 
 def _papers(paper:str|None)->list[str]:
     "The papers meant: the one named, or every one that has a record. Raises `ValueError` for one that has none"
@@ -233,7 +233,8 @@ def _publish(paper:str, evidence, scale:str, root:Path)->list: # of `core.record
 # %% ../nbs/cli.ipynb #000a7374
 PAGES = {'rlcr': ('01_rlcr/10_results.ipynb', '01_rlcr/00_overview.ipynb', 'index.ipynb'), # in the order in which they read each other
          'log_linear': ('03_log_linear/08_results.ipynb', '03_log_linear/00_overview.ipynb', 'index.ipynb'),
-         'path_attention': ('05_path_attention/08_results.ipynb', '05_path_attention/00_overview.ipynb', 'index.ipynb')}
+         'path_attention': ('05_path_attention/08_results.ipynb', '05_path_attention/00_overview.ipynb', 'index.ipynb'),
+         'duality': ('09_duality/10_results.ipynb', '09_duality/00_overview.ipynb', 'index.ipynb')}
 
 def _needs_notebooks()->None:
     "Raise `ImportError`, before any work, if notebooks cannot be executed"

@@ -1,10 +1,11 @@
 """DualOptimizer against an independent reference, against galore-torch, and in the uses that an optimizer has: decay, clipping, accumulation, schedules, checkpoints, export, Trainer."""
-import copy, importlib, importlib.util, io, sys, types
+import copy, importlib, io, sys
 import pytest
 import torch
 from torch import nn
 from rlcr_suite.duality import DualOptimizer, Kron, Left, OneSided, Right, TwoSided, attach
 from rlcr_suite.duality import theory
+from rlcr_suite.duality.experiment import galore_class
 
 f64 = torch.float64
 SAME = 1e-12        # relative, float64: the same trajectory in another order of sums, some tens of steps, several changes of the map
@@ -117,14 +118,10 @@ def test_decay_delta_is_the_adapters():
 
 @pytest.fixture(scope="module")
 def galore():
-    "The AdamW of galore-torch 1.0, without its package, whose other optimizers ask for bitsandbytes"
-    spec = importlib.util.find_spec("galore_torch")
-    if spec is None: pytest.skip("galore-torch is not installed")
-    if "galore_torch" not in sys.modules:
-        package = types.ModuleType("galore_torch")
-        package.__path__ = spec.submodule_search_locations
-        sys.modules["galore_torch"] = package
-    return importlib.import_module("galore_torch.adamw"), importlib.import_module("galore_torch.galore_projector")
+    "Modules of galore-torch 1.0: its AdamW, its projector"
+    try: name = galore_class().__module__
+    except ImportError as e: pytest.skip(str(e))
+    return sys.modules[name], importlib.import_module(name.replace("adamw", "galore_projector"))
 
 # galore-torch's ε is added before the correction of the bias, torch's after: here both are too small to matter. Its decay comes after the step, torch's before: none.
 def by_galore(adamw, steps, refresh, scale=1.):
@@ -221,6 +218,35 @@ def test_schedules_closures_and_groups():
         losses.append(opt.step(closure).item()); schedule.step()
     assert losses[2] < losses[0] and opt.base.param_groups[0]["lr"] == 1e-2/4 and opt.param_groups[0]["weight_decay"] == .1
     assert set(map(id, opt.state)) == {id(p) for p in d.parameters()}
+
+def test_eight_bit_moments_of_bitsandbytes():
+    "AdamW8bit over λ: 8 bits of state for parameters of 4096 numbers and more, near to AdamW, and resumed bit for bit"
+    optim = pytest.importorskip("bitsandbytes.optim")
+    x = torch.randn(12, 32, 128, generator=torch.Generator().manual_seed(1))
+    def begin(base, state="carry"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(128, 512, bias=False), nn.Tanh(), nn.Linear(512, 128, bias=False))
+        return model, DualOptimizer(base, attach(model, "[02]", OneSided(32), mode="fused", refresh=5, state=state), lr=1e-3)
+    def train(model, opt, data):
+        for y in data:
+            opt.zero_grad(); (model(y) - y.roll(1, 1)).square().mean().backward(); opt.step()
+    whole, opt = begin(optim.AdamW8bit)
+    first = flat(whole).clone()
+    train(whole, opt, x)
+    moments = [m for s in opt.state.values() for m in (s["state1"], s["state2"])]
+    assert len(moments) == 4 and {m.dtype for m in moments} == {torch.uint8} and {m.numel() for m in moments} == {32*512}
+    exact, adamw = begin(torch.optim.AdamW)
+    train(exact, adamw, x)
+    assert apart(flat(whole) - first, flat(exact) - first) < .2
+    model, opt = begin(optim.AdamW8bit)
+    train(model, opt, x[:7])
+    file = io.BytesIO()
+    torch.save([model.state_dict(), opt.state_dict()], file); file.seek(0)
+    states, (model, opt) = torch.load(file), begin(optim.AdamW8bit)
+    model.load_state_dict(states[0]); opt.load_state_dict(states[1])
+    train(model, opt, x[7:])
+    assert torch.equal(flat(model), flat(whole))
+    with pytest.raises(ValueError, match="state1.*reset"): train(*begin(optim.AdamW8bit, "rotate"), x[:5])      # moments in eight bits cannot be turned
 
 def test_zero_rate_changes_nothing_and_frozen_stays_frozen():
     model = network()

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Map', 'Left', 'Right', 'OneSided', 'TwoSided', 'Kron', 'Projection', 'rotate', 'per_worker_map', 'ProjectedLinear',
-           'AdapterLinear', 'attach', 'Duality', 'DualOptimizer']
+           'AdapterLinear', 'QuantisedLinear', 'attach', 'Duality', 'DualOptimizer']
 
-# %% ../../nbs/09_duality/00_overview.ipynb #10f3b2a9
+# %% ../../nbs/09_duality/00_overview.ipynb #3e5965a8
 from .maps import Kron, Left, Map, OneSided, Projection, Right, TwoSided, per_worker_map, rotate
-from .fused import AdapterLinear, ProjectedLinear
+from .fused import AdapterLinear, ProjectedLinear, QuantisedLinear
 from .attach import Duality, attach
 from .optim import DualOptimizer
-_all_ = ['Map', 'Left', 'Right', 'OneSided', 'TwoSided', 'Kron', 'Projection', 'rotate', 'per_worker_map', 'ProjectedLinear', 'AdapterLinear', 'attach', 'Duality', 'DualOptimizer']
+_all_ = ['Map', 'Left', 'Right', 'OneSided', 'TwoSided', 'Kron', 'Projection', 'rotate', 'per_worker_map', 'ProjectedLinear', 'AdapterLinear', 'QuantisedLinear', 'attach', 'Duality', 'DualOptimizer']

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Change', 'Duality', 'attach']
 
-# %% ../../nbs/09_duality/06_attach.ipynb #6799ecee
+# %% ../../nbs/09_duality/06_attach.ipynb #e9860778
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from .fused import AdapterLinear, ProjectedLinear, _attach_layer, _detach_layer, _Dual, _Full, _Sketch
-from .maps import Map, Projection
+from .fused import AdapterLinear, ProjectedLinear, QuantisedLinear, _attach_layer, _detach_layer, _Dual, _Full, _Sketch
+from .maps import Map, Projection, _generator, _wide
 
 # %% ../../nbs/09_duality/06_attach.ipynb #7c2b9054
 def _whole(x: torch.Tensor) -> torch.Tensor:
@@ -46,17 +46,17 @@ def _average(tensors: Sequence[torch.Tensor]) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1: return
     for x in tensors: dist.all_reduce(x.div_(dist.get_world_size()))
 
-# %% ../../nbs/09_duality/06_attach.ipynb #3bcfd672
+# %% ../../nbs/09_duality/06_attach.ipynb #4dc4bb37
 class _Target:
     "One attached weight"
-    def __init__(self, name: str, layer: nn.Linear, map: Map, mode: str):
+    def __init__(self, name: str, layer: nn.Linear, map: Map, mode: str, weights: str):
         self.name, self.layer, self.map, self.mode, self.trained, self.shape = name, layer, map, mode, layer.weight.requires_grad, tuple(layer.weight.shape)
         first = self.bound(0)
         if mode == "gradient":
             layer.weight.requires_grad_(True)
-            wide = torch.promote_types(layer.weight.dtype, torch.float32)
-            self._lam, self._projection, self._seen = nn.Parameter(torch.zeros(first.low(self.shape), dtype=wide, device=layer.weight.device)), first, None
-        else: _attach_layer(layer, AdapterLinear if mode == "adapter" else ProjectedLinear, first)
+            self._lam, self._projection, self._seen = nn.Parameter(torch.zeros(first.low(self.shape), dtype=_wide(layer.weight.dtype), device=layer.weight.device)), first, None
+        else: _attach_layer(layer, AdapterLinear if mode == "adapter" else QuantisedLinear if weights == "int8" else ProjectedLinear, first)
+        if weights == "int8": layer.quantise(self._dice("begin"))
 
     @property
     def weight(self) -> nn.Parameter: return self.layer.weight
@@ -73,15 +73,29 @@ class _Target:
     @seen.setter
     def seen(self, s): setattr(*(self, "_seen") if self.mode == "gradient" else (self.layer, "seen"), s)
 
+    @property
+    def rounded(self) -> bool: return isinstance(self.layer, QuantisedLinear)
+    @property
+    def dtype(self) -> torch.dtype: return self.layer.like.dtype if self.rounded else self.weight.dtype
+
     def bound(self, period: int) -> Projection:
-        return self.map.bind(self.shape, self.name, period, self.layer.weight.dtype, self.layer.weight.device)
+        return self.map.bind(self.shape, self.name, period, self.dtype, self.weight.device)
+
+    def _dice(self, step: int | str) -> torch.Generator: return _generator(self.map.seed, self.name, step, "rounding")
+
+    def add(self, L: torch.Tensor, step: int) -> None:
+        "W += up(L)"
+        if self.rounded: self.layer.add(self.projection.to(L.dtype).up(L), self._dice(step))
+        else: _add_up(self.weight, self.projection, L)
+
+    def shrink(self, factor: float) -> None: (self.layer.scale if self.rounded else self.weight).mul_(factor)
 
     def watch(self, step: int, due: bool) -> None:
         "Look at the gradients of the coming step, if the next map is found in them"
         self.seen = None
         if due and self.map.kind == "svd": self.seen = _Full()
         if due and self.map.kind == "randomized-svd":
-            self.seen = _Sketch(self.map.omegas(self.shape, self.name, step, self.weight.dtype, self.weight.device))
+            self.seen = _Sketch(self.map.omegas(self.shape, self.name, step, self.dtype, self.weight.device))
 
     def rebase(self, new: Projection) -> Projection:
         "Begin a period: W₀ ← W, λ ← 0. Returns the projection of the old one"
@@ -91,7 +105,7 @@ class _Target:
         self.projection = new
         return old
 
-# %% ../../nbs/09_duality/06_attach.ipynb #d94c886a
+# %% ../../nbs/09_duality/06_attach.ipynb #84d50d8e
 @dataclass(frozen=True)
 class Change:
     "A map that has changed"
@@ -101,8 +115,8 @@ class Change:
 
 class Duality:
     "A model whose linear layers are trained in small spaces. Made by `attach`"
-    def __init__(self, model: nn.Module, targets: list[_Target], mode: str, refresh: int | None, state: str, decay: str, clip: str):
-        self.model, self.targets, self.mode, self.refresh, self.state, self.decay, self.clip = model, targets, mode, refresh, state, decay, clip
+    def __init__(self, model: nn.Module, targets: list[_Target], mode: str, refresh: int | None, state: str, decay: str, clip: str, weights: str):
+        self.model, self.targets, self.mode, self.refresh, self.state, self.decay, self.clip, self.weights = model, targets, mode, refresh, state, decay, clip, weights
         self.step, self.changed, self.decayed, self.rebased = 0, [], False, False
         self._watch()
 
@@ -157,7 +171,7 @@ class Duality:
     @torch.no_grad()
     def shrink(self, t: _Target, factor: float) -> None:
         "Decoupled decay of W, in every mode: W₀ + up(λ) shrinks if both do"
-        t.weight.mul_(factor)
+        t.shrink(factor)
         t.lam.mul_(factor)
         self.decayed = self.decayed or factor != 1
 
@@ -167,7 +181,7 @@ class Duality:
         "Merge what the step has changed, count it, and change the maps that are due"
         if self.mode != "adapter":
             for t in self.targets:
-                if t.name in before: _add_up(t.weight, t.projection, t.lam - before[t.name])
+                if t.name in before: t.add(t.lam - before[t.name], self.step)
         sketched = [t for t in self.targets if t.map.kind == "randomized-svd" and t.seen is not None and t.seen.sums]
         for t in sketched: self._sketched(t)
         self.step += 1
@@ -209,7 +223,7 @@ class Duality:
     # ------------------------------------------------------------------------------------------------ state
 
     def _recipe(self) -> dict:
-        return dict(mode=self.mode, refresh=self.refresh, maps={t.name: repr(t.map) for t in self.targets})
+        return dict(mode=self.mode, weights=self.weights, refresh=self.refresh, maps={t.name: repr(t.map) for t in self.targets})
 
     def state_dict(self) -> dict:
         "Tensors, numbers and strings: the step, every λ, and of the maps those that were found in gradients; what is random is drawn again"
@@ -228,7 +242,7 @@ class Duality:
             x = state["lam"][t.name].to(t.lam)
             _local(t.lam).copy_(_rows(x, t.lam))
             found = state["maps"].get(t.name, {})
-            t.projection = Projection(found.get("P"), found.get("Q")).to(t.weight.device, t.weight.dtype) if t.map.found else t.bound(self.step//self.refresh if self.refresh else 0)
+            t.projection = Projection(found.get("P"), found.get("Q")).to(t.weight.device, t.dtype) if t.map.found else t.bound(self.step//self.refresh if self.refresh else 0)
         self._watch()
 
     def to_peft(self, folder: str | Path, # made if needed
@@ -276,8 +290,8 @@ def _layer(model: nn.Module, name: str) -> nn.Linear:
     if len(owners) > 1: raise ValueError(f"{name} shares its weight with {', '.join(n for n in owners if n != name + '.weight')}, whose gradient would be missing")
     return layer
 
-# %% ../../nbs/09_duality/06_attach.ipynb #31c8c97d
-_CHOICES = dict(mode=("gradient", "adapter", "fused"), state=("carry", "reset", "rotate"), decay=("weight", "delta"), clip=("projected", "full"))
+# %% ../../nbs/09_duality/06_attach.ipynb #a2112ec6
+_CHOICES = dict(mode=("gradient", "adapter", "fused"), weights=("float", "int8"), state=("carry", "reset", "rotate"), decay=("weight", "delta"), clip=("projected", "full"))
 
 def _check(map: Map, mode: str, refresh: int | None, **choices) -> None:
     "Raises `ValueError` for what is not known and for what a mode cannot do"
@@ -287,10 +301,12 @@ def _check(map: Map, mode: str, refresh: int | None, **choices) -> None:
     if refresh is not None and (not isinstance(refresh, int) or refresh < 1): raise ValueError(f"refresh is {refresh!r}; it has to be a number of steps, or None for never")
     if choices["clip"] == "full" and mode != "gradient": raise ValueError(f'clip="full" needs the norm of the full gradient, which mode {mode!r} never forms; use mode="gradient", or clip="projected"')
     if map.kind == "svd" and mode == "fused": raise ValueError('kind "svd" needs the full gradient, which mode "fused" never forms; use kind "randomized-svd", which needs a sketch of it')
+    if choices["weights"] == "int8" and mode != "fused": raise ValueError(f'weights="int8" are merged into at every step and never differentiated, which mode {mode!r} would; use mode="fused"')
+    if choices["weights"] == "int8" and map.worker: raise ValueError('weights="int8" cannot be averaged between workers, as maps of their own ask for; use weights="float"')
     if map.worker and (not dist.is_initialized() or map.worker != (dist.get_rank(), dist.get_world_size())):
         raise ValueError(f"the map is that of worker {map.worker.rank} of {map.worker.world}, but torch.distributed is {'worker %d of %d' % (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else 'not initialised'}")
 
-# %% ../../nbs/09_duality/06_attach.ipynb #ac3114ae
+# %% ../../nbs/09_duality/06_attach.ipynb #1ef28141
 def attach(model: nn.Module, # changed in place
            targets: str | Sequence[str], # names of `nn.Linear` modules or their last parts, or a regular expression for the whole name
            map: Map, # of every target; each is bound to its own name, so random ones differ
@@ -298,12 +314,13 @@ def attach(model: nn.Module, # changed in place
            refresh: int | None = 200, # steps of a period; None never changes the map
            state: str = "carry", # what becomes of moments when the map changes: "carry" (GaLore), "reset" (ReLoRA) or "rotate"
            decay: str = "weight", # decoupled weight decay shrinks the "weight" (GaLore), or the "delta" λ only (LoRA)
-           clip: str = "projected" # whose norm max_norm is compared with: of the "projected" gradients, or of the "full" ones (mode "gradient")
+           clip: str = "projected", # whose norm max_norm is compared with: of the "projected" gradients, or of the "full" ones (mode "gradient")
+           weights: str = "float" # how weights are kept: as they are ("float"), or as 8-bit integers with a scale a row ("int8", mode "fused"), rounded at random when λ is merged (Q-GaLore)
           ) -> Duality: # for `DualOptimizer`
     """Train linear layers in small spaces (Torroba-Hennigen et al. 2025, theorem 1 and its Kronecker-factored corollary). The three modes give the same weights; they differ in what they
     form and keep. Weights are frozen in the modes "adapter" and "fused", where each layer gets a parameter `dual`. Raises `ValueError` for targets that are not there or not plain
     `nn.Linear`, tied weights, a rank that is too large, and for what a mode cannot honour"""
-    _check(map, mode, refresh, state=state, decay=decay, clip=clip)
+    _check(map, mode, refresh, state=state, decay=decay, clip=clip, weights=weights)
     layers = {name: _layer(model, name) for name in _names(model, targets)}
     for name, layer in layers.items(): map.check(layer.weight.shape, name)
-    return Duality(model, [_Target(name, layer, map, mode) for name, layer in layers.items()], mode, refresh, state, decay, clip)
+    return Duality(model, [_Target(name, layer, map, mode, weights) for name, layer in layers.items()], mode, refresh, state, decay, clip, weights)

@@ -29,7 +29,7 @@ def low_rank(D: torch.Tensor # (m, n)
     root = S[:k].sqrt()
     return U[:, :k]*root, root[:, None]*Vh[:k]
 
-# %% ../../nbs/09_duality/08_export.ipynb #d4381c49
+# %% ../../nbs/09_duality/08_export.ipynb #2918b781
 def _delta(t: _Target, base: Mapping[str, torch.Tensor]) -> torch.Tensor:
     "What separates a weight from the one it began with"
     key = t.name + ".weight"
@@ -41,6 +41,7 @@ def _delta(t: _Target, base: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def _pairs(d: Duality, base: Mapping[str, torch.Tensor] | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     "B and A of every target"
     if d.others(): raise ValueError("parameters besides the attached weights are trainable, and an adapter does not hold them: freeze them before training, or merge() and save the model")
+    if d.weights == "int8": raise ValueError('weights="int8" are rounded at every merge, which no adapter of low rank can say: merge() and save the model')
     if d.decayed: raise ValueError('weights have been decayed, which no adapter of low rank can say: use decay="delta", or merge() and save the model')
     if base is not None: return {t.name: low_rank(_delta(t, base)) for t in d.targets}
     if d.rebased: raise ValueError("maps have changed since the beginning: give base=, the state_dict of the model that training began with, or merge() and save the model")

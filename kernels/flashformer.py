@@ -11,13 +11,16 @@ Every program stays on its multiprocessor and goes through the stages of all lay
 so a token has 5L + 1 stages, and n tokens in one launch meet n(5L + 1) barriers. The order of every sum depends on the model's shape and on the
 position alone, never on the number of programs or on which of them comes first: a launch repeats bit for bit, on any grid.
 """
-from typing import NamedTuple
 from dataclasses import dataclass
+from typing import NamedTuple
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from .grid import grid_arrive, grid_wait, prefetch
+from .interpreter import interpreted, sequential, why_not_here
 
-__all__ = ["Shape", "Quantised", "Weights", "Buffers", "Sampler", "ROWS", "allocate", "decode", "why_not", "aot_cases"]
+__all__ = ["Shape", "Quantised", "Weights", "Buffers", "Sampler", "ROWS", "allocate", "decode", "gumbel", "why_not", "aot_cases"]
 
 ROWS = 16 # rows that one pass over the weights can serve
 
@@ -75,7 +78,7 @@ class Buffers(NamedTuple):
     part: torch.Tensor # (ROWS, H, splits, HD) fp32 attention of each split
     high: torch.Tensor # (ROWS, H, splits) fp32 largest logit
     low: torch.Tensor # (ROWS, H, splits) fp32 sum of exponentials
-    own: torch.Tensor # (programs, D + ROWS H HD) fp32: what a program keeps to itself
+    own: torch.Tensor # (programs, D + max(D, ROWS H HD)) fp32: what a program keeps to itself
     act: torch.Tensor # (ROWS, F) fp32
     best: torch.Tensor # (programs, ROWS) fp32 best logit that a program has seen
     best_id: torch.Tensor # (programs, ROWS) int32 whose it is
@@ -87,6 +90,429 @@ class Sampler(NamedTuple):
     temperature: float = 1.0
     seed: int = 0
 
+# ------------------------------------------------------------------------------------------------------- a matrix times activations
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_NONE = tl.constexpr(2**31 - 1) # no token
+_ONE = tl.constexpr(0x3F800000) # 1.0 in fp32: with q in its mantissa's highest bits, 1 + q 2^-bits
+
+@triton.jit
+def _dot(a, b, acc):
+    """acc + a b with a in fp32. Where b is narrow, a goes in as two numbers of its type, which loses 2^-17 at most and keeps the tensor cores.
+    The interpreter multiplies bfloat16 as the integers they are stored in: widen them there, which is exact"""
+    if b.dtype == tl.float32: return tl.dot(a, b, acc, input_precision="ieee")
+    high = a.to(b.dtype)
+    low = (a - high.to(tl.float32)).to(b.dtype)
+    if _INTERPRETED: return tl.dot(low.to(tl.float32), b.to(tl.float32), tl.dot(high.to(tl.float32), b.to(tl.float32), acc))
+    else: return tl.dot(low, b, tl.dot(high, b, acc))
+
+@triton.jit
+def _dot_rows(w, x, acc):
+    "acc + w x with x in fp32: `_dot` from the other side"
+    if w.dtype == tl.float32: return tl.dot(w, x, acc, input_precision="ieee")
+    high = x.to(w.dtype)
+    low = (x - high.to(tl.float32)).to(w.dtype)
+    if _INTERPRETED: return tl.dot(w.to(tl.float32), low.to(tl.float32), tl.dot(w.to(tl.float32), high.to(tl.float32), acc))
+    else: return tl.dot(w, low, tl.dot(w, high, acc))
+
+@triton.jit
+def _part(word, i: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr):
+    """Part i of 32-bit words, as fp32: a number of 32 or 16 bits as it is; of 8 or 4 bits as 1 + u 2^-BITS, where u = q + 2^(BITS-1) is what is stored: a
+    shift and one three-way logical instruction, no conversion. So q = 2^BITS (part - 1.5), and the subtraction is left to the end of a sum"""
+    if BITS == 32: return word.to(tl.float32, bitcast=True)
+    elif BITS == 16:
+        if HALF: return (word >> 16*i).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        elif i == 0: return (word << 16).to(tl.float32, bitcast=True)
+        else: return (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        SHIFT: tl.constexpr = 23 - BITS - BITS*i
+        if SHIFT > 0: word = word << SHIFT
+        elif SHIFT < 0: word = word >> -SHIFT
+        return ((word & (((1 << BITS) - 1) << (23 - BITS))) | _ONE).to(tl.float32, bitcast=True)
+
+@triton.jit
+def _place(c, BITS: tl.constexpr, BK: tl.constexpr):
+    "Where `_one_row` looks for number c of its activations: those that meet part i of consecutive words lie side by side"
+    if BITS == 16: return c//(2*BK)*(2*BK) + c % 2*BK + c % (2*BK)//2
+    else: return c                                                                # quantised weights are packed so from the start
+
+@triton.jit
+def _one_row(w, scales, x, r, K: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Rows r of a matrix (N, K), read as 32-bit words, times x (K,) as `_place` lays it out: (BN, 1). By fused multiply-adds; the sum over threads comes last.
+    A thread reads four words of a row and four numbers of x for each of their parts: all in the layout that it computes in"""
+    PARTS: tl.constexpr = 32//BITS
+    COUNT: tl.constexpr = K//PARTS                                                # words a row
+    WORDS: tl.constexpr = BK if BITS >= 16 else 128//PARTS                        # words whose parts i lie side by side
+    row = r.to(tl.int64)[:, None]*COUNT
+    if BITS >= 16: w = w.to(tl.pointer_type(tl.int32))
+    j = tl.arange(0, BK)
+    column = j//WORDS*(WORDS*PARTS) + j % WORDS
+    acc = tl.zeros((BN, BK), tl.float32)
+    for k in range(0, COUNT, BK):
+        if COUNT % BK == 0: word = tl.load(w + row + (k + j)[None, :], eviction_policy="evict_first")
+        else: word = tl.load(w + row + (k + j)[None, :], mask=(k + j < COUNT)[None, :], other=0, eviction_policy="evict_first")
+        part = acc if BITS >= 16 else tl.zeros((BN, BK), tl.float32)
+        total = tl.zeros((BK,), tl.float32)
+        for i in tl.static_range(PARTS):
+            if COUNT % BK == 0: xk = tl.load(x + k*PARTS + column + i*WORDS)
+            else: xk = tl.load(x + k*PARTS + column + i*WORDS, mask=k + j < COUNT, other=0.)
+            part += _part(word, i, BITS, HALF)*xk[None, :]
+            total += xk
+        if BITS >= 16: acc = part
+        elif BITS == 8: acc += part - 1.5*total[None, :]
+        else: acc += (part - 1.5*total[None, :])*tl.load(scales + r.to(tl.int64)[:, None]*(K//128) + (k//WORDS + j//WORDS)[None, :],
+                                                         mask=(k + j < COUNT)[None, :], other=0.).to(tl.float32)
+    y = tl.sum(acc, 1)
+    if BITS < 16: y *= 1 << BITS
+    if BITS == 8: y *= tl.load(scales + r).to(tl.float32)
+    return y[:, None]
+
+@triton.jit
+def _rows(w, scales, x, gain, r, m, K: tl.constexpr, eps, NORM: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+          BK: tl.constexpr, S: tl.constexpr):
+    "Rows r of a matrix (N, K) times m <= R rows of x (R, K): (BN, R), by tensor cores. The columns are dealt to S slices, so that all warps multiply"
+    s, j, i = tl.arange(0, S), tl.arange(0, BK), tl.arange(0, R)
+    row = r.to(tl.int64)[None, :, None]
+    live = (i < m)[None, None, :]
+    acc = tl.zeros((S, BN, R), tl.float32)
+    squares = tl.zeros((S, BK, R), tl.float32)
+    if BITS >= 16:
+        for k in range(0, K, S*BK):
+            at = k + s[:, None]*BK + j[None, :]
+            ok = at < K
+            xk = tl.load(x + i[None, None, :]*K + at[:, :, None], mask=live & ok[:, :, None], other=0.)
+            if NORM:
+                squares += xk*xk
+                xk *= tl.load(gain + at, mask=ok, other=0.).to(tl.float32)[:, :, None]
+            acc = _dot_rows(tl.load(w + row*K + at[:, None, :], mask=ok[:, None, :], other=0., eviction_policy="evict_first"), xk, acc)
+    else:
+        PARTS: tl.constexpr = 32//BITS
+        WORDS: tl.constexpr = 128//PARTS
+        for k in range(0, K//PARTS, S*BK):
+            block = k//BK + s                                                     # BK is WORDS: a slice is one block
+            at = block[:, None]*BK + j[None, :]
+            ok = at < K//PARTS
+            word = tl.load(w + row*(K//PARTS) + at[:, None, :], mask=ok[:, None, :], other=0, eviction_policy="evict_first")
+            part = tl.zeros((S, BN, R), tl.float32)
+            for n in tl.static_range(PARTS):
+                column = block[:, None]*128 + n*WORDS + j[None, :]
+                xk = tl.load(x + i[None, None, :]*K + column[:, :, None], mask=live & ok[:, :, None], other=0.)
+                if NORM:
+                    squares += xk*xk
+                    xk *= tl.load(gain + column, mask=ok, other=0.).to(tl.float32)[:, :, None]
+                q = (_part(word, n, BITS, False) - 1.5)*(1 << BITS)
+                part = _dot_rows(q.to(tl.bfloat16), xk, part)                     # small integers: exact
+            if BITS == 4: part *= tl.load(scales + row*(K//128) + block[:, None, None], mask=(block < K//128)[:, None, None], other=0.).to(tl.float32)
+            acc += part
+    y = tl.sum(acc, 0)
+    if BITS == 8: y *= tl.load(scales + r).to(tl.float32)[:, None]
+    if NORM: y *= tl.rsqrt(tl.sum(tl.sum(squares, 0), 0)/K + eps)[None, :]
+    return y
+
+@triton.jit
+def _product(w, scales, x, gain, r, m, K: tl.constexpr, eps, NORM: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+             BK: tl.constexpr, S: tl.constexpr):
+    "Rows r of a matrix times one row of activations, normed already, or times up to R, with the norm: (BN, R)"
+    if R == 1: return _one_row(w, scales, x, r, K, BITS, w.dtype.element_ty == tl.float16, BN, BK)
+    else: return _rows(w, scales, x, gain, r, m, K, eps, NORM, BITS, R, BN, BK, S)
+
+@triton.jit
+def _norm(x, gain, to, K: tl.constexpr, eps, BITS: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr):
+    "RMS norm of x (K,) into this program's own memory, laid out for `_one_row`"
+    squares = tl.zeros((BE,), tl.float32)
+    for k in range(0, K, BE):
+        xk = tl.load(x + k + tl.arange(0, BE))
+        squares += xk*xk
+    unit = tl.rsqrt(tl.sum(squares, 0)/K + eps)
+    for k in range(0, K, BE):
+        c = k + tl.arange(0, BE)
+        tl.store(to + _place(c, BITS, BK), tl.load(x + c)*unit*tl.load(gain + c).to(tl.float32))
+    tl.debug_barrier()                                                            # other threads of this program read it
+
+@triton.jit
+def _ahead(w, first, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr):
+    "Prefetch the tile of BN rows that begins with `first`, if there is one"
+    WIDE: tl.constexpr = K if BITS >= 16 else K*BITS//32                          # elements a row
+    BYTES: tl.constexpr = K*BITS//8
+    if AHEAD:
+        if first < N: prefetch(w + first.to(tl.int64)*WIDE, tl.minimum(N - first, BN)*BYTES)
+
+# ---------------------------------------------------------------------------------------------------------------------- attention
+
+@triton.jit
+def _turn(a, b, cos, sin):
+    "Rotate pairs (a, b): the two halves of a head (Su et al. 2021, as Hugging Face lays it out)"
+    return a*cos - b*sin, b*cos + a*sin
+
+@triton.jit
+def _head_norm(a, b, gain, l, d, eps, HD: tl.constexpr):
+    "Qwen3's norm of a head given as its halves, each (rows, HD/2)"
+    unit = tl.rsqrt((tl.sum(a*a, 1) + tl.sum(b*b, 1))/HD + eps)[:, None]
+    gain += l*HD
+    return a*unit*tl.load(gain + d).to(tl.float32)[None, :], b*unit*tl.load(gain + HD//2 + d).to(tl.float32)[None, :]
+
+@triton.jit
+def _online(acc, high, low, logits, v):
+    "One step of the online softmax, base 2"
+    top = tl.maximum(high, tl.max(logits, 1))
+    shrink = tl.exp2(high - top)
+    p = tl.exp2(logits - top[:, None])
+    return _dot(p, v, acc*shrink[:, None]), top, low*shrink + tl.sum(p, 1)
+
+@triton.jit
+def _attend(qkv, qn, kn, keys, values, cos, sin, part, high_out, low_out, l, kv, split, per, p, m, eps, scale,
+            H: tl.constexpr, KVH: tl.constexpr, HD: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr, QK_NORM: tl.constexpr,
+            R: tl.constexpr, BQ: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr):
+    "The query heads of one key head against one split of the cache; the first split takes the new rows too, and appends them"
+    G: tl.constexpr = H//KVH
+    WIDE: tl.constexpr = (H + 2*KVH)*HD
+    NEW: tl.constexpr = 16                                                        # new rows, padded to what a tensor core takes
+    d, e, row = tl.arange(0, HD//2), tl.arange(0, HD), tl.arange(0, BQ)
+    i, g = row//BG, row % BG
+    live = ((i < m) & (g < G))[:, None]
+    at = qkv + (i*WIDE + (kv*G + g)*HD)[:, None] + d[None, :]
+    a, b = tl.load(at, mask=live, other=0.), tl.load(at + HD//2, mask=live, other=0.)
+    if QK_NORM: a, b = _head_norm(a, b, qn, l, d, eps, HD)
+    angle = (p + i)[:, None]*(HD//2) + d[None, :]
+    a, b = _turn(a*scale, b*scale, tl.load(cos + angle, mask=live, other=0.), tl.load(sin + angle, mask=live, other=0.))
+    base = (l*KVH + kv).to(tl.int64)*(T*HD)
+    high, low = tl.full((BQ,), float("-inf"), tl.float32), tl.zeros((BQ,), tl.float32)
+    acc = tl.zeros((BQ, HD), tl.float32)
+    if split == 0:
+        n = tl.arange(0, NEW)
+        new = (n < m)[:, None]
+        from_new = qkv + (n*WIDE + (H + kv)*HD)[:, None] + d[None, :]
+        ka, kb = tl.load(from_new, mask=new, other=0.), tl.load(from_new + HD//2, mask=new, other=0.)
+        if QK_NORM: ka, kb = _head_norm(ka, kb, kn, l, d, eps, HD)
+        turn = (p + n)[:, None]*(HD//2) + d[None, :]
+        ka, kb = _turn(ka, kb, tl.load(cos + turn, mask=new, other=0.), tl.load(sin + turn, mask=new, other=0.))
+        v = tl.load(qkv + (n*WIDE + (H + KVH + kv)*HD)[:, None] + e[None, :], mask=new, other=0.)
+        ka, kb, v = ka.to(keys.dtype.element_ty), kb.to(keys.dtype.element_ty), v.to(keys.dtype.element_ty) # as they will be read later
+        to = base + (p + n)[:, None]*HD
+        tl.store(keys + to + d[None, :], ka, mask=new)
+        tl.store(keys + to + HD//2 + d[None, :], kb, mask=new)
+        tl.store(values + to + e[None, :], v, mask=new)
+        logits = _dot(b, tl.trans(kb), _dot(a, tl.trans(ka), tl.zeros((BQ, NEW), tl.float32)))
+        seen = (n[None, :] <= i[:, None]) & (n < m)[None, :]
+        acc, high, low = _online(acc, high, low, tl.where(seen, logits, float("-inf")), v)
+    for first in range(split*per, tl.minimum(split*per + per, p), BT):
+        o = first + tl.arange(0, BT)
+        old = (o < p)[:, None]
+        from_ = base + o[:, None]*HD
+        oa = tl.load(keys + from_ + d[None, :], mask=old, other=0.)
+        ob = tl.load(keys + from_ + HD//2 + d[None, :], mask=old, other=0.)
+        ov = tl.load(values + from_ + e[None, :], mask=old, other=0.)
+        dots = _dot(b, tl.trans(ob), _dot(a, tl.trans(oa), tl.zeros((BQ, BT), tl.float32)))
+        acc, high, low = _online(acc, high, low, tl.where((o < p)[None, :], dots, float("-inf")), ov)
+    out = (i*H + kv*G + g)*SPLITS + split
+    tl.store(part + out[:, None]*HD + e[None, :], acc, mask=live)
+    mine = (i < m) & (g < G)
+    tl.store(high_out + out, high, mask=mine)
+    tl.store(low_out + out, low, mask=mine)
+
+@triton.jit
+def _combine(part, high, low, to, m, splits, H: tl.constexpr, HD: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr,
+             BK: tl.constexpr, BC: tl.constexpr):
+    "One softmax from the splits: to (m, H HD), a single row laid out for `_one_row`"
+    for i in range(m):
+        for k in range(0, H*HD, BC):
+            c = k + tl.arange(0, BC)
+            head = (i*H + c//HD)*SPLITS
+            top, below = tl.load(high + head), tl.load(low + head)
+            acc = tl.load(part + head*HD + c % HD)
+            for s in range(1, splits):
+                other = tl.load(high + head + s)
+                joint = tl.maximum(top, other)
+                a, b = tl.exp2(top - joint), tl.exp2(other - joint)
+                acc = acc*a + tl.load(part + (head + s)*HD + c % HD)*b
+                below = below*a + tl.load(low + head + s)*b
+                top = joint
+            tl.store(to + i*(H*HD) + (_place(c, BITS, BK) if R == 1 else c), acc/below)
+    tl.debug_barrier()
+
+# ---------------------------------------------------------------------------------------------------------------- choosing a token
+
+@triton.jit
+def _gumbel(seed, token, place):
+    "Gumbel noise of a token at a place: Philox-4x32-10 with counter (token, place, 0, 0) and key `seed`"
+    zero = tl.zeros_like(token)
+    bits, _, _, _ = tl.philox(seed, token.to(tl.uint32), (place + zero).to(tl.uint32), zero.to(tl.uint32), zero.to(tl.uint32))
+    return -tl.log(-tl.log(((bits >> 9).to(tl.float32) + .5)*1.1920928955078125e-07)) # 23 bits, never 0 or 1
+
+@triton.jit
+def _pick(best, best_id, row, programs, ROWS: tl.constexpr, BP: tl.constexpr, V: tl.constexpr):
+    "The best of what all programs found; the lowest token wins ties"
+    p = tl.arange(0, BP)
+    x = tl.load(best + p*ROWS + row, mask=p < programs, other=float("-inf"))
+    token = tl.load(best_id + p*ROWS + row, mask=p < programs, other=_NONE)
+    return tl.minimum(tl.min(tl.where(x == tl.max(x, 0), token, _NONE), 0), V - 1)  # NaN logits: some token, no wild read
+
+# --------------------------------------------------------------------------------------------------------------------- the kernel
+
+@triton.jit(do_not_specialize=["pos", "n", "m", "lo", "hi", "seed"])
+def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, sd, n1, n2, nf, head, shead, cos, sin,
+                   keys, values, h, qkv, part, high, low, own, act, best, best_id, picked, barrier,
+                   pos, n, m, lo, hi, eps, scale, inverse_temperature, seed,
+                   L: tl.constexpr, D: tl.constexpr, H: tl.constexpr, KVH: tl.constexpr, HD: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
+                   T: tl.constexpr, BIAS: tl.constexpr, QK_NORM: tl.constexpr, SAMPLE: tl.constexpr, BITS: tl.constexpr, HEAD_BITS: tl.constexpr,
+                   R: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BN_QKV: tl.constexpr, BN_O: tl.constexpr, BN_GU: tl.constexpr,
+                   BN_D: tl.constexpr, BN_HEAD: tl.constexpr, BK_QKV: tl.constexpr, BK_O: tl.constexpr, BK_GU: tl.constexpr, BK_D: tl.constexpr,
+                   BK_HEAD: tl.constexpr, S_QKV: tl.constexpr, S_O: tl.constexpr, S_GU: tl.constexpr, S_D: tl.constexpr, S_HEAD: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr,
+                   BQ: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr):
+    "Stages lo..hi of n tokens fed one after the other (R = 1), or of m rows fed at once (R = ROWS, n = 1)"
+    programs = tl.num_programs(0)
+    pid = tl.program_id(0)
+    if REVERSE: pid = programs - 1 - pid
+    NQ: tl.constexpr = (H + 2*KVH)*HD
+    A: tl.constexpr = H*HD
+    WD: tl.constexpr = D if BITS >= 16 else D*BITS//32                            # elements a row of each matrix
+    WA: tl.constexpr = A if BITS >= 16 else A*BITS//32
+    WF: tl.constexpr = F if BITS >= 16 else F*BITS//32
+    HALF: tl.constexpr = BN_GU//2
+    i = tl.arange(0, R)
+    live = (i < m)[None, :]
+    mine = own + pid*(D + max(D, ROWS*A))                                         # a private copy of the embedding's row, and then of activations
+    x = mine + D
+    for s in range(lo, hi):
+        t = s//(5*L + 1)
+        u = s - t*(5*L + 1)
+        l = u//5
+        stage = u - l*5
+        p = pos + t
+        if u == 5*L:                                                              # ------------------------------------------- head
+            if R == 1: _norm(h, nf, x, D, eps, HEAD_BITS, BK_HEAD, BE)
+            top, top_id = tl.full((BN_HEAD, R), float("-inf"), tl.float32), tl.full((BN_HEAD, R), _NONE, tl.int32)
+            for tile in range(pid, tl.cdiv(V, BN_HEAD), programs):
+                _ahead(head, (tile + programs)*BN_HEAD, V, D, HEAD_BITS, BN_HEAD, AHEAD)
+                r = tile*BN_HEAD + tl.arange(0, BN_HEAD)
+                y = _product(head, shead, x if R == 1 else h, nf, tl.minimum(r, V - 1), m, D, eps, True, HEAD_BITS, R, BN_HEAD, BK_HEAD, S_HEAD)
+                if SAMPLE: y = y*inverse_temperature + _gumbel(seed, r[:, None] + 0*i[None, :], p + i[None, :])
+                better = (y > top) & (r < V)[:, None]
+                top, top_id = tl.where(better, y, top), tl.where(better, r[:, None], top_id)
+            most = tl.max(top, 0)
+            tl.store(best + pid*ROWS + i, most)
+            tl.store(best_id + pid*ROWS + i, tl.min(tl.where(top == most[None, :], top_id, _NONE), 0))
+        elif stage == 0:                                                          # ------------------------------------------- norm, QKV
+            if l == 0:
+                if R == 1:
+                    token = tl.load(tokens + p)
+                    if t > 0: token = _pick(best, best_id, 0, programs, ROWS, BP, V)
+                    if (t > 0) & (pid == 0): tl.store(tokens + p, token)
+                    for k in range(0, D, BE):                                     # everyone a copy: saves a barrier
+                        c = k + tl.arange(0, BE)
+                        tl.store(mine + c, tl.load(emb + token.to(tl.int64)*D + c).to(tl.float32))
+                    tl.debug_barrier()
+                elif (t > 0) & (pid == 0):
+                    for row in range(m): tl.store(picked + row, _pick(best, best_id, row, programs, ROWS, BP, V))
+            if t < n:
+                if R == 1:
+                    before = h
+                    if l == 0: before = mine
+                    _norm(before, n1 + l*D, x, D, eps, BITS, BK_QKV, BE)
+                w = wqkv + l.to(tl.int64)*(NQ*WD)
+                for tile in range(pid, tl.cdiv(NQ, BN_QKV), programs):
+                    _ahead(w, (tile + programs)*BN_QKV, NQ, D, BITS, BN_QKV, AHEAD)
+                    r = tile*BN_QKV + tl.arange(0, BN_QKV)
+                    y = _product(w, sqkv + l.to(tl.int64)*(NQ if BITS == 8 else NQ*(D//128)), x if R == 1 else h, n1 + l*D, tl.minimum(r, NQ - 1), m, D, eps, True,
+                                 BITS, R, BN_QKV, BK_QKV, S_QKV)
+                    if BIAS: y += tl.load(bqkv + l*NQ + r, mask=r < NQ, other=0.).to(tl.float32)[:, None]
+                    tl.store(qkv + i[None, :]*NQ + r[:, None], y, mask=(r < NQ)[:, None] & live)
+        elif stage == 1:                                                          # ------------------------------------------- attention
+            per = tl.maximum(tl.cdiv(tl.cdiv(p, SPLITS), BT), 1)*BT
+            splits = tl.maximum(tl.cdiv(p, per), 1)
+            for unit in range(pid, KVH*splits, programs):
+                _attend(qkv, qn, kn, keys, values, cos, sin, part, high, low, l, unit//splits, unit % splits, per, p, m, eps, scale,
+                        H, KVH, HD, T, SPLITS, QK_NORM, R, BQ, BG, BT)
+        elif stage == 2:                                                          # ------------------------------------------- output
+            per = tl.maximum(tl.cdiv(tl.cdiv(p, SPLITS), BT), 1)*BT
+            _combine(part, high, low, x, m, tl.maximum(tl.cdiv(p, per), 1), H, HD, SPLITS, R, BITS, BK_O, BC)
+            w = wo + l.to(tl.int64)*(D*WA)
+            for tile in range(pid, tl.cdiv(D, BN_O), programs):
+                _ahead(w, (tile + programs)*BN_O, D, A, BITS, BN_O, AHEAD)
+                r = tile*BN_O + tl.arange(0, BN_O)
+                y = _product(w, so + l.to(tl.int64)*(D if BITS == 8 else D*(A//128)), x, n1, tl.minimum(r, D - 1), m, A, eps, False, BITS, R,
+                             BN_O, BK_O, S_O)
+                ok = (r < D)[:, None] & live
+                if R == 1:
+                    stream = h
+                    if l == 0: stream = mine
+                    y += tl.load(stream + i[None, :]*D + r[:, None], mask=ok, other=0.)
+                else: y += tl.load(h + i[None, :]*D + r[:, None], mask=ok, other=0.)
+                tl.store(h + i[None, :]*D + r[:, None], y, mask=ok)
+        elif stage == 3:                                                          # ------------------------------------------- norm, gate, up
+            if R == 1: _norm(h, n2 + l*D, x, D, eps, BITS, BK_GU, BE)
+            w = wgu + l.to(tl.int64)*(2*F*WD)
+            for tile in range(pid, tl.cdiv(F, HALF), programs):
+                _ahead(w, (tile + programs)*HALF, F, D, BITS, HALF, AHEAD)
+                _ahead(w + F*WD, (tile + programs)*HALF, F, D, BITS, HALF, AHEAD)
+                j = tl.arange(0, BN_GU)                                           # gate and up take turns
+                y = _product(w, sgu + l.to(tl.int64)*(2*F if BITS == 8 else 2*F*(D//128)), x if R == 1 else h, n2 + l*D, tl.minimum(tile*HALF + j//2, F - 1) + (j % 2)*F,
+                             m, D, eps, True, BITS, R, BN_GU, BK_GU, S_GU)
+                gate, up = tl.split(tl.permute(tl.reshape(y, (HALF, 2, R)), (0, 2, 1)))
+                r = tile*HALF + tl.arange(0, HALF)
+                to = _place(r, BITS, BK_D) if R == 1 else r
+                tl.store(act + i[None, :]*F + to[:, None], gate*tl.sigmoid(gate)*up, mask=(r < F)[:, None] & live)
+        else:                                                                     # ------------------------------------------- down
+            w = wd + l.to(tl.int64)*(D*WF)
+            for tile in range(pid, tl.cdiv(D, BN_D), programs):
+                _ahead(w, (tile + programs)*BN_D, D, F, BITS, BN_D, AHEAD)
+                r = tile*BN_D + tl.arange(0, BN_D)
+                y = _product(w, sd + l.to(tl.int64)*(D if BITS == 8 else D*(F//128)), act, n1, tl.minimum(r, D - 1), m, F, eps, False, BITS, R, BN_D, BK_D, S_D)
+                ok = (r < D)[:, None] & live
+                tl.store(h + i[None, :]*D + r[:, None], y + tl.load(h + i[None, :]*D + r[:, None], mask=ok, other=0.), mask=ok)
+        if s + 1 < hi:
+            token_of_wait = grid_arrive(barrier)
+            if AHEAD:                                                             # the first tile of the next matrix but one or of the next
+                k = l.to(tl.int64)
+                if u == 5*L: _ahead(wqkv, pid*BN_QKV, NQ, D, BITS, BN_QKV, AHEAD)
+                elif stage == 0: _ahead(wo + k*(D*WA), pid*BN_O, D, A, BITS, BN_O, AHEAD)
+                elif stage == 1:
+                    _ahead(wgu + k*(2*F*WD), pid*HALF, F, D, BITS, HALF, AHEAD)
+                    _ahead(wgu + k*(2*F*WD) + F*WD, pid*HALF, F, D, BITS, HALF, AHEAD)
+                elif stage == 2: _ahead(wd + k*(D*WF), pid*BN_D, D, F, BITS, BN_D, AHEAD)
+                elif stage == 3:
+                    if l + 1 < L: _ahead(wqkv + (k + 1)*(NQ*WD), pid*BN_QKV, NQ, D, BITS, BN_QKV, AHEAD)
+                    else: _ahead(head, pid*BN_HEAD, V, D, HEAD_BITS, BN_HEAD, AHEAD)
+            grid_wait(barrier, token_of_wait)
+
+# ---------------------------------------------------------------------------------------------------------------------- the launch
+
+NOMINAL = 132 if not interpreted(_decode_kernel) else 4 # multiprocessors that tiles are cut for (an H100 or H200), on every GPU: no sum depends on the grid
+KINDS = {"int8": 8, "int4-g128": 4} # bits a weight
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+
+def _divisor(n: int, most: int) -> int: # the largest power of two that divides n, at most `most`
+    return min(n & -n, most)
+
+def _tile(N: int, most: int = 16) -> int:
+    "Rows a tile: what leaves the last round of a full grid emptiest; the larger of equals"
+    return min((most >> k for k in range(3)), key=lambda b: (triton.cdiv(triton.cdiv(N, b), NOMINAL)*b, -b))
+
+def _columns(K: int, bits: int, rows: int, tile: int) -> tuple[int, int]: # words (numbers for `_rows`) a step along a row; slices of `_rows`
+    if rows > 1: return (128*bits//32, 8) if bits < 16 else (_divisor(K, 32), 8)
+    most, words = 4096//tile, K*bits//32
+    if (even := _divisor(words, most)) >= most//2: return even, 1
+    return min(most, triton.next_power_of_2(words)), 1                            # the last step is masked
+
+def _bits(w: torch.Tensor | Quantised) -> int:
+    return KINDS[w.kind] if isinstance(w, Quantised) else 8*w.element_size()
+
+def _constants(shape: Shape, bits: int, head_bits: int, rows: int, splits: int, programs: int, *, sample: bool = False, ahead: bool = False, reverse: bool = False) -> dict:
+    "What the kernel is compiled with"
+    s = shape
+    A, R = s.heads*s.head_dim, 1 if rows == 1 else ROWS
+    sizes = dict(QKV=((s.heads + 2*s.kv_heads)*s.head_dim, s.hidden, bits), O=(s.hidden, A, bits), GU=(2*s.ffn, s.hidden, bits), D=(s.hidden, s.ffn, bits),
+                 HEAD=(s.vocab, s.hidden, head_bits))
+    tiles = {}
+    for name, (N, K, b) in sizes.items():
+        tiles[f"BN_{name}"] = tile = _tile(N, 16) if R == 1 else 16
+        tiles[f"BK_{name}"], tiles[f"S_{name}"] = _columns(K, b, R, tile)
+    group = triton.next_power_of_2(s.heads//s.kv_heads)
+    return dict(L=s.layers, D=s.hidden, H=s.heads, KVH=s.kv_heads, HD=s.head_dim, F=s.ffn, V=s.vocab, T=s.max_len, BIAS=s.qkv_bias, QK_NORM=s.qk_norm,
+                SAMPLE=sample, BITS=bits, HEAD_BITS=head_bits, R=R, ROWS=ROWS, SPLITS=splits, BC=_divisor(A, 1024), BE=_divisor(s.hidden, 1024),
+                BQ=max(16, R*group), BG=group, BT=min(max(triton.next_power_of_2(s.max_len)//64, 16), 64), BP=max(2, triton.next_power_of_2(programs)),
+                AHEAD=ahead, REVERSE=reverse) | tiles
+
 def allocate(shape: Shape, # of the model
              *, device: torch.device | str = "cpu", # where
              dtype: torch.dtype = torch.float32, # of the cache
@@ -94,7 +520,60 @@ def allocate(shape: Shape, # of the model
              splits: int = 16, # most parts that a head's cache is cut into
             ) -> Buffers: # uninitialised, but for the barrier
     "Buffers for one sequence."
-    raise NotImplementedError
+    s, device = shape, torch.device(device)
+    if programs is None: programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    new = lambda *size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=device)
+    cache = (s.layers, s.kv_heads, s.max_len, s.head_dim)
+    return Buffers(keys=new(*cache, dtype=dtype), values=new(*cache, dtype=dtype), h=new(ROWS, s.hidden), qkv=new(ROWS, (s.heads + 2*s.kv_heads)*s.head_dim),
+                   part=new(ROWS, s.heads, splits, s.head_dim), high=new(ROWS, s.heads, splits), low=new(ROWS, s.heads, splits),
+                   own=new(programs, s.hidden + max(s.hidden, ROWS*s.heads*s.head_dim)), act=new(ROWS, s.ffn), best=new(programs, ROWS),
+                   best_id=new(programs, ROWS, dtype=torch.int32), picked=new(ROWS, dtype=torch.int32), barrier=torch.zeros(1, dtype=torch.int32, device=device))
+
+def _matrices(weights: Weights) -> dict: # name -> tensor or Quantised
+    return {name: getattr(weights, name) for name in ("wqkv", "wo", "wgu", "wd", "head")}
+
+def why_not(shape: Shape, # of the model
+            weights: Weights,
+           ) -> str: # "" where the kernel takes them
+    "Why the kernel does not take this model, or cannot run where its weights lie"
+    s, body = shape, [w for name, w in _matrices(weights).items() if name != "head"]
+    if reason := why_not_here(_decode_kernel, weights.emb): return reason
+    if s.heads % s.kv_heads or s.heads//s.kv_heads > 16: return f"1 to 16 query heads a key head wanted, got {s.heads} and {s.kv_heads}"
+    if s.head_dim & (s.head_dim - 1) or not 16 <= s.head_dim <= 256: return f"the head dim must be a power of two from 16 to 256, got {s.head_dim}"
+    if len({_bits(w) for w in body}) > 1 or len({isinstance(w, Quantised) for w in body}) > 1: return "the matrices of the layers must all be of one kind"
+    for name, w in _matrices(weights).items():
+        N, K = _sizes(s)[name]
+        step = 128 if isinstance(w, Quantised) else 16
+        if K % step: return f"{name}: rows of a multiple of {step} numbers wanted, got {K}"
+        if isinstance(w, Quantised) and w.kind not in KINDS: return f"{name}: kind must be one of {', '.join(KINDS)}, got {w.kind!r}"
+    return ""
+
+def _sizes(s: Shape) -> dict: # name -> (rows, columns)
+    A = s.heads*s.head_dim
+    return dict(wqkv=(A + 2*s.kv_heads*s.head_dim, s.hidden), wo=(s.hidden, A), wgu=(2*s.ffn, s.hidden), wd=(s.hidden, s.ffn), head=(s.vocab, s.hidden))
+
+def _check(s: Shape, weights: Weights) -> None:
+    "Shapes of all that is read. Raises `ValueError` that names what does not fit"
+    L, NQ = s.layers, (s.heads + 2*s.kv_heads)*s.head_dim
+    wanted = dict(emb=(s.vocab, s.hidden), n1=(L, s.hidden), n2=(L, s.hidden), nf=(s.hidden,), cos=(s.max_len, s.head_dim//2), sin=(s.max_len, s.head_dim//2))
+    wanted |= dict(bqkv=(L, NQ)) if s.qkv_bias else {}
+    wanted |= dict(qn=(L, s.head_dim), kn=(L, s.head_dim)) if s.qk_norm else {}
+    for name, w in _matrices(weights).items():
+        N, K = _sizes(s)[name]
+        lead = () if name == "head" else (L,)
+        if not isinstance(w, Quantised): wanted[name] = (*lead, N, K); continue
+        packed, scales = (*lead, N, K*KINDS[w.kind]//32), (*lead, N) if w.kind == "int8" else (*lead, N, K//128)
+        if w.packed.shape != packed or w.packed.dtype != torch.int32: raise ValueError(f"{name}.packed must be int32 {packed}, got {w.packed.dtype} {tuple(w.packed.shape)}")
+        if w.scales.shape != scales: raise ValueError(f"{name}.scales must be {scales}, got {tuple(w.scales.shape)}")
+    for name, size in wanted.items():
+        x = getattr(weights, name)
+        if x is None or tuple(x.shape) != size: raise ValueError(f"{name} must be {size}, got {None if x is None else tuple(x.shape)}")
+    for name, x in weights._asdict().items():
+        for y in (x[:2] if isinstance(x, Quantised) else (x,)):
+            if y is not None and not y.is_contiguous(): raise ValueError(f"{name} must be contiguous")
+
+def _split(w: torch.Tensor | Quantised) -> tuple[torch.Tensor, torch.Tensor]: # the matrix, its scales (any tensor where there are none)
+    return (w.packed, w.scales) if isinstance(w, Quantised) else (w, w)
 
 def decode(shape: Shape, # of the model
            weights: Weights,
@@ -112,4 +591,83 @@ def decode(shape: Shape, # of the model
           ) -> torch.Tensor: # int32 successors: (n,) written to `tokens` too, or (rows,) if rows > 1
     """Run `n` tokens, or `rows` at once, through the whole decoder. Nothing is copied to the host. Raises `ValueError` if shapes do not fit, or
     if the cache would overflow."""
-    raise NotImplementedError
+    if backend not in ("auto", "persistent", "staged"): raise ValueError(f"backend must be auto, persistent or staged, got {backend!r}")
+    if reason := why_not(shape, weights): raise ValueError(reason)
+    _check(shape, weights)
+    if not 1 <= rows <= ROWS or n < 1 or (n > 1 and rows > 1) or (n > 1 and not head):
+        raise ValueError(f"n tokens in turn, or up to {ROWS} rows at once, with or without the head, wanted; got n = {n}, rows = {rows}, head = {head}")
+    if pos < 0 or pos + n*rows > shape.max_len: raise ValueError(f"places {pos} to {pos + n*rows - 1} do not fit a cache of {shape.max_len}")
+    if tokens.shape != (shape.max_len + 1,) or tokens.dtype != torch.int32: raise ValueError(f"tokens must be int32 ({shape.max_len + 1},), got {tokens.dtype} {tuple(tokens.shape)}")
+    if sampler is not None and not sampler.temperature > 0: raise ValueError(f"the temperature must be positive, got {sampler.temperature}; greedy is sampler=None")
+    if backend == "auto": backend = "persistent" if weights.emb.is_cuda else "staged"
+    every = (0, n*(5*shape.layers + 1) + 1 if head else 5*shape.layers)
+    first, last = stages or every
+    if not 0 <= first < last <= every[1]: raise ValueError(f"stages must lie in {every}, got {stages}")
+    most = len(buffers.best)
+    alone = interpreted(_decode_kernel) and sequential() and backend == "persistent" and last - first > 1
+    programs = (1 if alone else most) if programs is None else programs
+    if not 1 <= programs <= most: raise ValueError(f"the buffers allow 1 to {most} programs, got {programs}")
+    if alone and programs > 1: raise ValueError("the interpreter runs programs one after the other: with more than one, a launch of several stages would wait for ever")
+    if rows > 1 and first == 0: buffers.h[:rows] = weights.emb.index_select(0, tokens[pos:pos + rows])
+    launches = [(first, last)] if stages or backend == "persistent" else [(k, k + 1) for k in range(first, last)]
+    for span in launches: _launch(shape, weights, buffers, tokens, pos, n, rows, programs, span, reverse, sampler)
+    return buffers.picked[:rows] if rows > 1 else tokens[pos + 1:pos + 1 + n]
+
+def _launch(shape: Shape, weights: Weights, buffers: Buffers, tokens: torch.Tensor, pos: int, n: int, rows: int, programs: int, span: tuple[int, int],
+            reverse: bool, sampler: Sampler | None) -> None:
+    "One launch of a range of stages"
+    w, b, cuda = weights, buffers, weights.emb.is_cuda
+    constants = _constants(shape, _bits(w.wqkv), _bits(w.head), rows, b.part.shape[2], len(b.best), sample=sampler is not None,
+                           ahead=cuda and torch.cuda.get_device_capability(w.emb.device) >= (9, 0), reverse=reverse)
+    sampler = sampler or Sampler()
+    none = w.emb                                                                  # stands for what is not there
+    (wqkv, sqkv), (wo, so), (wgu, sgu), (wd, sd), (head, shead) = map(_split, _matrices(w).values())
+    given = lambda x: none if x is None else x
+    with torch.cuda.device_of(w.emb):
+        _decode_kernel[programs,](tokens, w.emb, wqkv, sqkv, given(w.bqkv), given(w.qn), given(w.kn), wo, so, wgu, sgu, wd, sd, w.n1, w.n2, w.nf, head, shead,
+                                  w.cos, w.sin, b.keys, b.values, b.h, b.qkv, b.part, b.high, b.low, b.own, b.act, b.best, b.best_id, b.picked, b.barrier,
+                                  pos, n, rows, *span, shape.eps, (shape.scale or shape.head_dim**-.5)*1.4426950408889634, 1/sampler.temperature, sampler.seed,
+                                  **constants, num_warps=WARPS, num_stages=2, launch_cooperative_grid=span[1] - span[0] > 1)
+
+WARPS = 8
+
+def gumbel(seed: int, # of the sampler
+           place: int, # where the token was fed whose successor is drawn
+           vocab: int, # how many tokens
+          ) -> np.ndarray: # (vocab,) fp32
+    "The noise that the kernel adds to logits divided by the temperature: Philox-4x32-10, counter (token, place, 0, 0), key `seed`"
+    c = [np.arange(vocab, dtype=np.uint64), np.full(vocab, place, np.uint64), np.zeros(vocab, np.uint64), np.zeros(vocab, np.uint64)]
+    key, low = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF], np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        a, b = c[0]*np.uint64(0xD2511F53), c[2]*np.uint64(0xCD9E8D57)
+        c = [(b >> np.uint64(32)) ^ c[1] ^ np.uint64(key[0]), b & low, (a >> np.uint64(32)) ^ c[3] ^ np.uint64(key[1]), a & low]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    u = ((c[0] >> np.uint64(9)).astype(np.float32) + np.float32(.5))*np.float32(2**-23)
+    return -np.log(-np.log(u))
+
+# ------------------------------------------------------------------------------------------------ ahead-of-time compilation
+
+#: real shapes: 1B and 8B of Llama 3, 1.5B of Qwen 2.5
+MODELS = {"1B": Shape(16, 2048, 32, 8, 64, 8192, 128256, 8192), "1.5B": Shape(28, 1536, 12, 2, 128, 8960, 151936, 8192, qkv_bias=True),
+          "8B": Shape(32, 4096, 32, 8, 128, 14336, 128256, 8192)}
+
+def aot_cases(models: tuple[str, ...] = ("1B", "1.5B", "8B"), # of `MODELS`
+              kinds: tuple[str, ...] = ("bf16",), # "bf16", "int8", "int4-g128" (with an int8 head)
+              rows: tuple[int, ...] = (1,), # 1, or more for the form that verifies and reads prompts
+              sm: int = 90, # compute capability times ten
+             ) -> list: # of `aot.Case`: the kernel as it is launched
+    "What `rlcr_suite.kernels.aot` compiles"
+    from .aot import Case
+    found = []
+    for model in models:
+        for kind in kinds:
+            for r in rows:
+                bits, head_bits = {"bf16": (16, 16), "int8": (8, 8), "int4-g128": (4, 8)}[kind]
+                constants = _constants(MODELS[model], bits, head_bits, r, 16, NOMINAL, ahead=sm >= 90)
+                types = dict.fromkeys(("tokens", "best_id", "picked", "barrier"), "*i32") | dict.fromkeys(("emb", "bqkv", "qn", "kn", "n1", "n2", "nf", "keys", "values"), "*bf16")
+                types |= dict.fromkeys(("wqkv", "wo", "wgu", "wd"), "*bf16" if bits == 16 else "*i32") | dict(head="*bf16" if head_bits == 16 else "*i32")
+                types |= dict.fromkeys(("sqkv", "so", "sgu", "sd"), "*fp16" if bits == 4 else "*fp32") | dict(shead="*fp32")
+                types |= dict.fromkeys(("pos", "n", "m", "lo", "hi", "seed"), "i32") | dict.fromkeys(("eps", "scale", "inverse_temperature"), "fp32")
+                found.append(Case(f"{model} {kind}" + f" {r} rows"*(r > 1), _decode_kernel, {a: types.get(a, "*fp32") for a in _decode_kernel.arg_names if a not in constants},
+                                  constants, WARPS, 2))
+    return found

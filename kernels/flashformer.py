@@ -78,7 +78,7 @@ class Buffers(NamedTuple):
     part: torch.Tensor # (ROWS, H, splits, HD) fp32 attention of each split
     high: torch.Tensor # (ROWS, H, splits) fp32 largest logit
     low: torch.Tensor # (ROWS, H, splits) fp32 sum of exponentials
-    own: torch.Tensor # (programs, D + max(D, ROWS H HD)) fp32: what a program keeps to itself
+    own: torch.Tensor # (programs, …) fp32: what a program keeps to itself
     act: torch.Tensor # (ROWS, F) fp32
     best: torch.Tensor # (programs, ROWS) fp32 best logit that a program has seen
     best_id: torch.Tensor # (programs, ROWS) int32 whose it is
@@ -94,7 +94,6 @@ class Sampler(NamedTuple):
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _NONE = tl.constexpr(2**31 - 1) # no token
-_ONE = tl.constexpr(0x3F800000) # 1.0 in fp32: with q in its mantissa's highest bits, 1 + q 2^-bits
 
 @triton.jit
 def _dot(a, b, acc):
@@ -116,9 +115,10 @@ def _dot_rows(w, x, acc):
     else: return tl.dot(w, low, tl.dot(w, high, acc))
 
 @triton.jit
-def _part(word, i: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr):
+def _part(word, i: tl.constexpr, one, BITS: tl.constexpr, HALF: tl.constexpr):
     """Part i of 32-bit words, as fp32: a number of 32 or 16 bits as it is; of 8 or 4 bits as 1 + u 2^-BITS, where u = q + 2^(BITS-1) is what is stored: a
-    shift and one three-way logical instruction, no conversion. So q = 2^BITS (part - 1.5), and the subtraction is left to the end of a sum"""
+    shift and one three-way logical instruction, no conversion. So q = 2^BITS (part - 1.5), and the subtraction is left to the end of a sum. `one` holds
+    the bits of 1.0: an argument, since of two constants known to the compiler one would take an instruction more"""
     if BITS == 32: return word.to(tl.float32, bitcast=True)
     elif BITS == 16:
         if HALF: return (word >> 16*i).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -128,7 +128,7 @@ def _part(word, i: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr):
         SHIFT: tl.constexpr = 23 - BITS - BITS*i
         if SHIFT > 0: word = word << SHIFT
         elif SHIFT < 0: word = word >> -SHIFT
-        return ((word & (((1 << BITS) - 1) << (23 - BITS))) | _ONE).to(tl.float32, bitcast=True)
+        return ((word & (((1 << BITS) - 1) << (23 - BITS))) | one).to(tl.float32, bitcast=True)
 
 @triton.jit
 def _place(c, BITS: tl.constexpr, BK: tl.constexpr):
@@ -137,38 +137,49 @@ def _place(c, BITS: tl.constexpr, BK: tl.constexpr):
     else: return c                                                                # quantised weights are packed so from the start
 
 @triton.jit
-def _one_row(w, scales, x, r, K: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def _one_row(w, scales, x, sums, r, one, K: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Rows r of a matrix (N, K), read as 32-bit words, times x (K,) as `_place` lays it out: (BN, 1). By fused multiply-adds; the sum over threads comes last.
-    A thread reads four words of a row and four numbers of x for each of their parts: all in the layout that it computes in"""
+    A thread reads four words of a row, and four numbers of x for each of their parts. x is read once for every row of the tile: so it is born in the layout of
+    the weights, and the assembler keeps one load for all rows; read as a vector it would change threads through shared memory at every step. sums (K/128,): of x,
+    block by block, for quantised weights"""
     PARTS: tl.constexpr = 32//BITS
     COUNT: tl.constexpr = K//PARTS                                                # words a row
+    EVEN: tl.constexpr = COUNT % BK == 0
     WORDS: tl.constexpr = BK if BITS >= 16 else 128//PARTS                        # words whose parts i lie side by side
-    row = r.to(tl.int64)[:, None]*COUNT
+    r = r[:, None]
+    row = r.to(tl.int64)*COUNT
     if BITS >= 16: w = w.to(tl.pointer_type(tl.int32))
-    j = tl.arange(0, BK)
-    column = j//WORDS*(WORDS*PARTS) + j % WORDS
+    j = tl.arange(0, BK)[None, :]
+    column = j//WORDS*(WORDS*PARTS) + j % WORDS + 0*r
     acc = tl.zeros((BN, BK), tl.float32)
     for k in range(0, COUNT, BK):
-        if COUNT % BK == 0: word = tl.load(w + row + (k + j)[None, :], eviction_policy="evict_first")
-        else: word = tl.load(w + row + (k + j)[None, :], mask=(k + j < COUNT)[None, :], other=0, eviction_policy="evict_first")
-        part = acc if BITS >= 16 else tl.zeros((BN, BK), tl.float32)
-        total = tl.zeros((BK,), tl.float32)
+        ok = (k + j < COUNT) & (r >= 0)                                           # only asked where the last step is not full
+        if EVEN: word = tl.load(w + row + (k + j), eviction_policy="evict_first")
+        else: word = tl.load(w + row + (k + j), mask=ok, other=0, eviction_policy="evict_first")
+        part = tl.zeros((BN, BK), tl.float32) if BITS == 4 else acc               # 4 bits have a scale for each block of columns
         for i in tl.static_range(PARTS):
-            if COUNT % BK == 0: xk = tl.load(x + k*PARTS + column + i*WORDS)
-            else: xk = tl.load(x + k*PARTS + column + i*WORDS, mask=k + j < COUNT, other=0.)
-            part += _part(word, i, BITS, HALF)*xk[None, :]
-            total += xk
-        if BITS >= 16: acc = part
-        elif BITS == 8: acc += part - 1.5*total[None, :]
-        else: acc += (part - 1.5*total[None, :])*tl.load(scales + r.to(tl.int64)[:, None]*(K//128) + (k//WORDS + j//WORDS)[None, :],
-                                                         mask=(k + j < COUNT)[None, :], other=0.).to(tl.float32)
+            if EVEN: xk = tl.load(x + (k*PARTS + column + i*WORDS))
+            else: xk = tl.load(x + (k*PARTS + column + i*WORDS), mask=ok, other=0.)
+            part += _part(word, i, one, BITS, HALF)*xk
+        if BITS == 4:
+            at = r.to(tl.int64)*(K//128) + (k//WORDS + j//WORDS)
+            if EVEN: scale = tl.load(scales + at)
+            else: scale = tl.load(scales + at, mask=ok, other=0.)
+            acc += part*scale.to(tl.float32)
+        else: acc = part
     y = tl.sum(acc, 1)
-    if BITS < 16: y *= 1 << BITS
+    if BITS < 16:                                                                 # what every part has too much, block by block
+        BLOCKS: tl.constexpr = triton.next_power_of_2(K//128)
+        b = tl.arange(0, BLOCKS)[None, :]
+        total = tl.load(sums + b + 0*r, mask=(b < K//128) & (r >= 0), other=0.)
+        if BITS == 4: total *= tl.load(scales + r.to(tl.int64)*(K//128) + b, mask=(b < K//128) & (r >= 0), other=0.).to(tl.float32)
+        y = (y - 1.5*tl.sum(total, 1))*(1 << BITS)
+    y = y[:, None]
     if BITS == 8: y *= tl.load(scales + r).to(tl.float32)
-    return y[:, None]
+    return y
 
 @triton.jit
-def _rows(w, scales, x, gain, r, m, K: tl.constexpr, eps, NORM: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+def _rows(w, scales, x, gain, r, m, one, K: tl.constexpr, eps, NORM: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
           BK: tl.constexpr, S: tl.constexpr):
     "Rows r of a matrix (N, K) times m <= R rows of x (R, K): (BN, R), by tensor cores. The columns are dealt to S slices, so that all warps multiply"
     s, j, i = tl.arange(0, S), tl.arange(0, BK), tl.arange(0, R)
@@ -200,7 +211,7 @@ def _rows(w, scales, x, gain, r, m, K: tl.constexpr, eps, NORM: tl.constexpr, BI
                 if NORM:
                     squares += xk*xk
                     xk *= tl.load(gain + column, mask=ok, other=0.).to(tl.float32)[:, :, None]
-                q = (_part(word, n, BITS, False) - 1.5)*(1 << BITS)
+                q = (_part(word, n, one, BITS, False) - 1.5)*(1 << BITS)
                 part = _dot_rows(q.to(tl.bfloat16), xk, part)                     # small integers: exact
             if BITS == 4: part *= tl.load(scales + row*(K//128) + block[:, None, None], mask=(block < K//128)[:, None, None], other=0.).to(tl.float32)
             acc += part
@@ -210,11 +221,11 @@ def _rows(w, scales, x, gain, r, m, K: tl.constexpr, eps, NORM: tl.constexpr, BI
     return y
 
 @triton.jit
-def _product(w, scales, x, gain, r, m, K: tl.constexpr, eps, NORM: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+def _product(w, scales, x, sums, gain, r, m, one, K: tl.constexpr, eps, NORM: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
              BK: tl.constexpr, S: tl.constexpr):
     "Rows r of a matrix times one row of activations, normed already, or times up to R, with the norm: (BN, R)"
-    if R == 1: return _one_row(w, scales, x, r, K, BITS, w.dtype.element_ty == tl.float16, BN, BK)
-    else: return _rows(w, scales, x, gain, r, m, K, eps, NORM, BITS, R, BN, BK, S)
+    if R == 1: return _one_row(w, scales, x, sums, r, one, K, BITS, w.dtype.element_ty == tl.float16, BN, BK)
+    else: return _rows(w, scales, x, gain, r, m, one, K, eps, NORM, BITS, R, BN, BK, S)
 
 @triton.jit
 def _norm(x, gain, to, K: tl.constexpr, eps, BITS: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr):
@@ -228,6 +239,16 @@ def _norm(x, gain, to, K: tl.constexpr, eps, BITS: tl.constexpr, BK: tl.constexp
         c = k + tl.arange(0, BE)
         tl.store(to + _place(c, BITS, BK), tl.load(x + c)*unit*tl.load(gain + c).to(tl.float32))
     tl.debug_barrier()                                                            # other threads of this program read it
+
+@triton.jit
+def _sum_blocks(x, to, K: tl.constexpr, BITS: tl.constexpr):
+    "Sums of x (K,) over blocks of 128, for quantised weights: to (K/128,)"
+    if BITS < 16:
+        for first in range(0, K//128, 16):
+            b = first + tl.arange(0, 16)
+            ok = b < K//128
+            tl.store(to + b, tl.sum(tl.load(x + b[:, None]*128 + tl.arange(0, 128)[None, :], mask=ok[:, None], other=0.), 1), mask=ok)
+        tl.debug_barrier()
 
 @triton.jit
 def _ahead(w, first, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr):
@@ -260,14 +281,16 @@ def _online(acc, high, low, logits, v):
     return _dot(p, v, acc*shrink[:, None]), top, low*shrink + tl.sum(p, 1)
 
 @triton.jit
-def _attend(qkv, qn, kn, keys, values, cos, sin, part, high_out, low_out, l, kv, split, per, p, m, eps, scale,
+def _attend(qkv, qn, kn, keys, values, cos, sin, part, high_out, low_out, l, kv, split, chunk, per, p, m, eps, scale,
             H: tl.constexpr, KVH: tl.constexpr, HD: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr, QK_NORM: tl.constexpr,
-            R: tl.constexpr, BQ: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr):
-    "The query heads of one key head against one split of the cache; the first split takes the new rows too, and appends them"
+            BG: tl.constexpr, BT: tl.constexpr):
+    """16 queries of one key head, heads within rows, against one split of the cache; the first split takes the new rows too, and the first program to take them
+    appends them"""
+    BQ: tl.constexpr = 16                                                         # the least that a tensor core takes
     G: tl.constexpr = H//KVH
     WIDE: tl.constexpr = (H + 2*KVH)*HD
     NEW: tl.constexpr = 16                                                        # new rows, padded to what a tensor core takes
-    d, e, row = tl.arange(0, HD//2), tl.arange(0, HD), tl.arange(0, BQ)
+    d, e, row = tl.arange(0, HD//2), tl.arange(0, HD), chunk*BQ + tl.arange(0, BQ)
     i, g = row//BG, row % BG
     live = ((i < m) & (g < G))[:, None]
     at = qkv + (i*WIDE + (kv*G + g)*HD)[:, None] + d[None, :]
@@ -289,9 +312,9 @@ def _attend(qkv, qn, kn, keys, values, cos, sin, part, high_out, low_out, l, kv,
         v = tl.load(qkv + (n*WIDE + (H + KVH + kv)*HD)[:, None] + e[None, :], mask=new, other=0.)
         ka, kb, v = ka.to(keys.dtype.element_ty), kb.to(keys.dtype.element_ty), v.to(keys.dtype.element_ty) # as they will be read later
         to = base + (p + n)[:, None]*HD
-        tl.store(keys + to + d[None, :], ka, mask=new)
-        tl.store(keys + to + HD//2 + d[None, :], kb, mask=new)
-        tl.store(values + to + e[None, :], v, mask=new)
+        tl.store(keys + to + d[None, :], ka, mask=new & (chunk == 0))
+        tl.store(keys + to + HD//2 + d[None, :], kb, mask=new & (chunk == 0))
+        tl.store(values + to + e[None, :], v, mask=new & (chunk == 0))
         logits = _dot(b, tl.trans(kb), _dot(a, tl.trans(ka), tl.zeros((BQ, NEW), tl.float32)))
         seen = (n[None, :] <= i[:, None]) & (n < m)[None, :]
         acc, high, low = _online(acc, high, low, tl.where(seen, logits, float("-inf")), v)
@@ -349,16 +372,16 @@ def _pick(best, best_id, row, programs, ROWS: tl.constexpr, BP: tl.constexpr, V:
 
 # --------------------------------------------------------------------------------------------------------------------- the kernel
 
-@triton.jit(do_not_specialize=["pos", "n", "m", "lo", "hi", "seed"])
+@triton.jit(do_not_specialize=["pos", "n", "m", "lo", "hi", "seed", "one"])
 def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, sd, n1, n2, nf, head, shead, cos, sin,
                    keys, values, h, qkv, part, high, low, own, act, best, best_id, picked, barrier,
-                   pos, n, m, lo, hi, eps, scale, inverse_temperature, seed,
+                   pos, n, m, lo, hi, eps, scale, inverse_temperature, seed, one,
                    L: tl.constexpr, D: tl.constexpr, H: tl.constexpr, KVH: tl.constexpr, HD: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
                    T: tl.constexpr, BIAS: tl.constexpr, QK_NORM: tl.constexpr, SAMPLE: tl.constexpr, BITS: tl.constexpr, HEAD_BITS: tl.constexpr,
-                   R: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BN_QKV: tl.constexpr, BN_O: tl.constexpr, BN_GU: tl.constexpr,
+                   R: tl.constexpr, ROWS: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr, BN_QKV: tl.constexpr, BN_O: tl.constexpr, BN_GU: tl.constexpr,
                    BN_D: tl.constexpr, BN_HEAD: tl.constexpr, BK_QKV: tl.constexpr, BK_O: tl.constexpr, BK_GU: tl.constexpr, BK_D: tl.constexpr,
                    BK_HEAD: tl.constexpr, S_QKV: tl.constexpr, S_O: tl.constexpr, S_GU: tl.constexpr, S_D: tl.constexpr, S_HEAD: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr,
-                   BQ: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr):
+                   CHUNKS: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr):
     "Stages lo..hi of n tokens fed one after the other (R = 1), or of m rows fed at once (R = ROWS, n = 1)"
     programs = tl.num_programs(0)
     pid = tl.program_id(0)
@@ -371,8 +394,9 @@ def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, 
     HALF: tl.constexpr = BN_GU//2
     i = tl.arange(0, R)
     live = (i < m)[None, :]
-    mine = own + pid*(D + max(D, ROWS*A))                                         # a private copy of the embedding's row, and then of activations
+    mine = own + pid*OWN                                                          # a private copy of the embedding's row, and then of activations
     x = mine + D
+    sums = x + max(D, ROWS*A)
     for s in range(lo, hi):
         t = s//(5*L + 1)
         u = s - t*(5*L + 1)
@@ -380,12 +404,14 @@ def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, 
         stage = u - l*5
         p = pos + t
         if u == 5*L:                                                              # ------------------------------------------- head
-            if R == 1: _norm(h, nf, x, D, eps, HEAD_BITS, BK_HEAD, BE)
+            if R == 1:
+                _norm(h, nf, x, D, eps, HEAD_BITS, BK_HEAD, BE)
+                _sum_blocks(x, sums, D, HEAD_BITS)
             top, top_id = tl.full((BN_HEAD, R), float("-inf"), tl.float32), tl.full((BN_HEAD, R), _NONE, tl.int32)
             for tile in range(pid, tl.cdiv(V, BN_HEAD), programs):
                 _ahead(head, (tile + programs)*BN_HEAD, V, D, HEAD_BITS, BN_HEAD, AHEAD)
                 r = tile*BN_HEAD + tl.arange(0, BN_HEAD)
-                y = _product(head, shead, x if R == 1 else h, nf, tl.minimum(r, V - 1), m, D, eps, True, HEAD_BITS, R, BN_HEAD, BK_HEAD, S_HEAD)
+                y = _product(head, shead, x if R == 1 else h, sums, nf, tl.minimum(r, V - 1), m, one, D, eps, True, HEAD_BITS, R, BN_HEAD, BK_HEAD, S_HEAD)
                 if SAMPLE: y = y*inverse_temperature + _gumbel(seed, r[:, None] + 0*i[None, :], p + i[None, :])
                 better = (y > top) & (r < V)[:, None]
                 top, top_id = tl.where(better, y, top), tl.where(better, r[:, None], top_id)
@@ -395,9 +421,10 @@ def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, 
         elif stage == 0:                                                          # ------------------------------------------- norm, QKV
             if l == 0:
                 if R == 1:
-                    token = tl.load(tokens + p)
-                    if t > 0: token = _pick(best, best_id, 0, programs, ROWS, BP, V)
-                    if (t > 0) & (pid == 0): tl.store(tokens + p, token)
+                    if t == 0: token = tl.load(tokens + p)
+                    else:
+                        token = _pick(best, best_id, 0, programs, ROWS, BP, V)
+                        if pid == 0: tl.store(tokens + p, token)
                     for k in range(0, D, BE):                                     # everyone a copy: saves a barrier
                         c = k + tl.arange(0, BE)
                         tl.store(mine + c, tl.load(emb + token.to(tl.int64)*D + c).to(tl.float32))
@@ -409,28 +436,30 @@ def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, 
                     before = h
                     if l == 0: before = mine
                     _norm(before, n1 + l*D, x, D, eps, BITS, BK_QKV, BE)
+                    _sum_blocks(x, sums, D, BITS)
                 w = wqkv + l.to(tl.int64)*(NQ*WD)
                 for tile in range(pid, tl.cdiv(NQ, BN_QKV), programs):
                     _ahead(w, (tile + programs)*BN_QKV, NQ, D, BITS, BN_QKV, AHEAD)
                     r = tile*BN_QKV + tl.arange(0, BN_QKV)
-                    y = _product(w, sqkv + l.to(tl.int64)*(NQ if BITS == 8 else NQ*(D//128)), x if R == 1 else h, n1 + l*D, tl.minimum(r, NQ - 1), m, D, eps, True,
+                    y = _product(w, sqkv + l.to(tl.int64)*(NQ if BITS == 8 else NQ*(D//128)), x if R == 1 else h, sums, n1 + l*D, tl.minimum(r, NQ - 1), m, one, D, eps, True,
                                  BITS, R, BN_QKV, BK_QKV, S_QKV)
                     if BIAS: y += tl.load(bqkv + l*NQ + r, mask=r < NQ, other=0.).to(tl.float32)[:, None]
                     tl.store(qkv + i[None, :]*NQ + r[:, None], y, mask=(r < NQ)[:, None] & live)
         elif stage == 1:                                                          # ------------------------------------------- attention
             per = tl.maximum(tl.cdiv(tl.cdiv(p, SPLITS), BT), 1)*BT
             splits = tl.maximum(tl.cdiv(p, per), 1)
-            for unit in range(pid, KVH*splits, programs):
-                _attend(qkv, qn, kn, keys, values, cos, sin, part, high, low, l, unit//splits, unit % splits, per, p, m, eps, scale,
-                        H, KVH, HD, T, SPLITS, QK_NORM, R, BQ, BG, BT)
+            for unit in range(pid, KVH*splits*CHUNKS, programs):
+                _attend(qkv, qn, kn, keys, values, cos, sin, part, high, low, l, unit//CHUNKS//splits, unit//CHUNKS % splits, unit % CHUNKS, per, p, m, eps, scale,
+                        H, KVH, HD, T, SPLITS, QK_NORM, BG, BT)
         elif stage == 2:                                                          # ------------------------------------------- output
             per = tl.maximum(tl.cdiv(tl.cdiv(p, SPLITS), BT), 1)*BT
             _combine(part, high, low, x, m, tl.maximum(tl.cdiv(p, per), 1), H, HD, SPLITS, R, BITS, BK_O, BC)
+            if R == 1: _sum_blocks(x, sums, A, BITS)
             w = wo + l.to(tl.int64)*(D*WA)
             for tile in range(pid, tl.cdiv(D, BN_O), programs):
                 _ahead(w, (tile + programs)*BN_O, D, A, BITS, BN_O, AHEAD)
                 r = tile*BN_O + tl.arange(0, BN_O)
-                y = _product(w, so + l.to(tl.int64)*(D if BITS == 8 else D*(A//128)), x, n1, tl.minimum(r, D - 1), m, A, eps, False, BITS, R,
+                y = _product(w, so + l.to(tl.int64)*(D if BITS == 8 else D*(A//128)), x, sums, n1, tl.minimum(r, D - 1), m, one, A, eps, False, BITS, R,
                              BN_O, BK_O, S_O)
                 ok = (r < D)[:, None] & live
                 if R == 1:
@@ -440,24 +469,27 @@ def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, 
                 else: y += tl.load(h + i[None, :]*D + r[:, None], mask=ok, other=0.)
                 tl.store(h + i[None, :]*D + r[:, None], y, mask=ok)
         elif stage == 3:                                                          # ------------------------------------------- norm, gate, up
-            if R == 1: _norm(h, n2 + l*D, x, D, eps, BITS, BK_GU, BE)
+            if R == 1:
+                _norm(h, n2 + l*D, x, D, eps, BITS, BK_GU, BE)
+                _sum_blocks(x, sums, D, BITS)
             w = wgu + l.to(tl.int64)*(2*F*WD)
             for tile in range(pid, tl.cdiv(F, HALF), programs):
                 _ahead(w, (tile + programs)*HALF, F, D, BITS, HALF, AHEAD)
                 _ahead(w + F*WD, (tile + programs)*HALF, F, D, BITS, HALF, AHEAD)
                 j = tl.arange(0, BN_GU)                                           # gate and up take turns
-                y = _product(w, sgu + l.to(tl.int64)*(2*F if BITS == 8 else 2*F*(D//128)), x if R == 1 else h, n2 + l*D, tl.minimum(tile*HALF + j//2, F - 1) + (j % 2)*F,
-                             m, D, eps, True, BITS, R, BN_GU, BK_GU, S_GU)
+                y = _product(w, sgu + l.to(tl.int64)*(2*F if BITS == 8 else 2*F*(D//128)), x if R == 1 else h, sums, n2 + l*D, tl.minimum(tile*HALF + j//2, F - 1) + (j % 2)*F,
+                             m, one, D, eps, True, BITS, R, BN_GU, BK_GU, S_GU)
                 gate, up = tl.split(tl.permute(tl.reshape(y, (HALF, 2, R)), (0, 2, 1)))
                 r = tile*HALF + tl.arange(0, HALF)
                 to = _place(r, BITS, BK_D) if R == 1 else r
                 tl.store(act + i[None, :]*F + to[:, None], gate*tl.sigmoid(gate)*up, mask=(r < F)[:, None] & live)
         else:                                                                     # ------------------------------------------- down
+            if R == 1: _sum_blocks(act, sums, F, BITS)
             w = wd + l.to(tl.int64)*(D*WF)
             for tile in range(pid, tl.cdiv(D, BN_D), programs):
                 _ahead(w, (tile + programs)*BN_D, D, F, BITS, BN_D, AHEAD)
                 r = tile*BN_D + tl.arange(0, BN_D)
-                y = _product(w, sd + l.to(tl.int64)*(D if BITS == 8 else D*(F//128)), act, n1, tl.minimum(r, D - 1), m, F, eps, False, BITS, R, BN_D, BK_D, S_D)
+                y = _product(w, sd + l.to(tl.int64)*(D if BITS == 8 else D*(F//128)), act, sums, n1, tl.minimum(r, D - 1), m, one, F, eps, False, BITS, R, BN_D, BK_D, S_D)
                 ok = (r < D)[:, None] & live
                 tl.store(h + i[None, :]*D + r[:, None], y + tl.load(h + i[None, :]*D + r[:, None], mask=ok, other=0.), mask=ok)
         if s + 1 < hi:
@@ -481,16 +513,20 @@ NOMINAL = 132 if not interpreted(_decode_kernel) else 4 # multiprocessors that t
 KINDS = {"int8": 8, "int4-g128": 4} # bits a weight
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 
+def _own(s: Shape) -> int: # numbers that a program keeps to itself: a row of the embedding, activations, their sums
+    A = s.heads*s.head_dim
+    return triton.cdiv(s.hidden + max(s.hidden, ROWS*A) + triton.cdiv(max(s.hidden, A, s.ffn), 128), 32)*32
+
 def _divisor(n: int, most: int) -> int: # the largest power of two that divides n, at most `most`
     return min(n & -n, most)
 
 def _tile(N: int, most: int = 16) -> int:
-    "Rows a tile: what leaves the last round of a full grid emptiest; the larger of equals"
-    return min((most >> k for k in range(3)), key=lambda b: (triton.cdiv(triton.cdiv(N, b), NOMINAL)*b, -b))
+    "Rows a tile: what keeps a full grid busiest, where the sum over threads at a tile's end costs about as much as a row; the larger of equals"
+    return min((most >> k for k in range(3)), key=lambda b: (triton.cdiv(triton.cdiv(N, b), NOMINAL)*(b + 1), -b))
 
 def _columns(K: int, bits: int, rows: int, tile: int) -> tuple[int, int]: # words (numbers for `_rows`) a step along a row; slices of `_rows`
     if rows > 1: return (128*bits//32, 8) if bits < 16 else (_divisor(K, 32), 8)
-    most, words = 4096//tile, K*bits//32
+    most, words = (4096 if bits == 4 else 8192)//tile, K*bits//32
     if (even := _divisor(words, most)) >= most//2: return even, 1
     return min(most, triton.next_power_of_2(words)), 1                            # the last step is masked
 
@@ -509,8 +545,8 @@ def _constants(shape: Shape, bits: int, head_bits: int, rows: int, splits: int, 
         tiles[f"BK_{name}"], tiles[f"S_{name}"] = _columns(K, b, R, tile)
     group = triton.next_power_of_2(s.heads//s.kv_heads)
     return dict(L=s.layers, D=s.hidden, H=s.heads, KVH=s.kv_heads, HD=s.head_dim, F=s.ffn, V=s.vocab, T=s.max_len, BIAS=s.qkv_bias, QK_NORM=s.qk_norm,
-                SAMPLE=sample, BITS=bits, HEAD_BITS=head_bits, R=R, ROWS=ROWS, SPLITS=splits, BC=_divisor(A, 1024), BE=_divisor(s.hidden, 1024),
-                BQ=max(16, R*group), BG=group, BT=min(max(triton.next_power_of_2(s.max_len)//64, 16), 64), BP=max(2, triton.next_power_of_2(programs)),
+                SAMPLE=sample, BITS=bits, HEAD_BITS=head_bits, R=R, ROWS=ROWS, OWN=_own(s), SPLITS=splits, BC=_divisor(A, 1024), BE=_divisor(s.hidden, 1024),
+                CHUNKS=max(1, R*group//16), BG=group, BT=min(max(triton.next_power_of_2(s.max_len)//64, 16), 64), BP=max(2, triton.next_power_of_2(programs)),
                 AHEAD=ahead, REVERSE=reverse) | tiles
 
 def allocate(shape: Shape, # of the model
@@ -526,7 +562,7 @@ def allocate(shape: Shape, # of the model
     cache = (s.layers, s.kv_heads, s.max_len, s.head_dim)
     return Buffers(keys=new(*cache, dtype=dtype), values=new(*cache, dtype=dtype), h=new(ROWS, s.hidden), qkv=new(ROWS, (s.heads + 2*s.kv_heads)*s.head_dim),
                    part=new(ROWS, s.heads, splits, s.head_dim), high=new(ROWS, s.heads, splits), low=new(ROWS, s.heads, splits),
-                   own=new(programs, s.hidden + max(s.hidden, ROWS*s.heads*s.head_dim)), act=new(ROWS, s.ffn), best=new(programs, ROWS),
+                   own=new(programs, _own(s)), act=new(ROWS, s.ffn), best=new(programs, ROWS),
                    best_id=new(programs, ROWS, dtype=torch.int32), picked=new(ROWS, dtype=torch.int32), barrier=torch.zeros(1, dtype=torch.int32, device=device))
 
 def _matrices(weights: Weights) -> dict: # name -> tensor or Quantised
@@ -626,7 +662,7 @@ def _launch(shape: Shape, weights: Weights, buffers: Buffers, tokens: torch.Tens
     with torch.cuda.device_of(w.emb):
         _decode_kernel[programs,](tokens, w.emb, wqkv, sqkv, given(w.bqkv), given(w.qn), given(w.kn), wo, so, wgu, sgu, wd, sd, w.n1, w.n2, w.nf, head, shead,
                                   w.cos, w.sin, b.keys, b.values, b.h, b.qkv, b.part, b.high, b.low, b.own, b.act, b.best, b.best_id, b.picked, b.barrier,
-                                  pos, n, rows, *span, shape.eps, (shape.scale or shape.head_dim**-.5)*1.4426950408889634, 1/sampler.temperature, sampler.seed,
+                                  pos, n, rows, *span, shape.eps, (shape.scale or shape.head_dim**-.5)*1.4426950408889634, 1/sampler.temperature, sampler.seed, 0x3F800000,
                                   **constants, num_warps=WARPS, num_stages=2, launch_cooperative_grid=span[1] - span[0] > 1)
 
 WARPS = 8
@@ -667,7 +703,7 @@ def aot_cases(models: tuple[str, ...] = ("1B", "1.5B", "8B"), # of `MODELS`
                 types = dict.fromkeys(("tokens", "best_id", "picked", "barrier"), "*i32") | dict.fromkeys(("emb", "bqkv", "qn", "kn", "n1", "n2", "nf", "keys", "values"), "*bf16")
                 types |= dict.fromkeys(("wqkv", "wo", "wgu", "wd"), "*bf16" if bits == 16 else "*i32") | dict(head="*bf16" if head_bits == 16 else "*i32")
                 types |= dict.fromkeys(("sqkv", "so", "sgu", "sd"), "*fp16" if bits == 4 else "*fp32") | dict(shead="*fp32")
-                types |= dict.fromkeys(("pos", "n", "m", "lo", "hi", "seed"), "i32") | dict.fromkeys(("eps", "scale", "inverse_temperature"), "fp32")
+                types |= dict.fromkeys(("pos", "n", "m", "lo", "hi", "seed", "one"), "i32") | dict.fromkeys(("eps", "scale", "inverse_temperature"), "fp32")
                 found.append(Case(f"{model} {kind}" + f" {r} rows"*(r > 1), _decode_kernel, {a: types.get(a, "*fp32") for a in _decode_kernel.arg_names if a not in constants},
                                   constants, WARPS, 2))
     return found

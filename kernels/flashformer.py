@@ -520,14 +520,15 @@ def _own(s: Shape) -> int: # numbers that a program keeps to itself: a row of th
 def _divisor(n: int, most: int) -> int: # the largest power of two that divides n, at most `most`
     return min(n & -n, most)
 
-def _tile(N: int, most: int = 16) -> int:
+def _tile(N: int, words: int) -> int:
     "Rows a tile: what keeps a full grid busiest, where the sum over threads at a tile's end costs about as much as a row; the larger of equals"
-    return min((most >> k for k in range(3)), key=lambda b: (triton.cdiv(triton.cdiv(N, b), NOMINAL)*(b + 1), -b))
+    least = min(16, max(4, triton.next_power_of_2(triton.cdiv(1024, words))))     # every thread has four words to read
+    return min((b for b in (16, 8, 4) if b >= least), key=lambda b: (triton.cdiv(triton.cdiv(N, b), NOMINAL)*(b + 1), -b))
 
 def _columns(K: int, bits: int, rows: int, tile: int) -> tuple[int, int]: # words (numbers for `_rows`) a step along a row; slices of `_rows`
     if rows > 1: return (128*bits//32, 8) if bits < 16 else (_divisor(K, 32), 8)
-    most, words = (4096 if bits == 4 else 8192)//tile, K*bits//32
-    if (even := _divisor(words, most)) >= most//2: return even, 1
+    most, words = 4096//tile, K*bits//32
+    if (even := _divisor(words, most))*tile >= 1024: return even, 1
     return min(most, triton.next_power_of_2(words)), 1                            # the last step is masked
 
 def _bits(w: torch.Tensor | Quantised) -> int:
@@ -541,7 +542,7 @@ def _constants(shape: Shape, bits: int, head_bits: int, rows: int, splits: int, 
                  HEAD=(s.vocab, s.hidden, head_bits))
     tiles = {}
     for name, (N, K, b) in sizes.items():
-        tiles[f"BN_{name}"] = tile = _tile(N, 16) if R == 1 else 16
+        tiles[f"BN_{name}"] = tile = _tile(N, K*b//32) if R == 1 else 16
         tiles[f"BK_{name}"], tiles[f"S_{name}"] = _columns(K, b, R, tile)
     group = triton.next_power_of_2(s.heads//s.kv_heads)
     return dict(L=s.layers, D=s.hidden, H=s.heads, KVH=s.kv_heads, HD=s.head_dim, F=s.ffn, V=s.vocab, T=s.max_len, BIAS=s.qkv_bias, QK_NORM=s.qk_norm,
@@ -705,5 +706,5 @@ def aot_cases(models: tuple[str, ...] = ("1B", "1.5B", "8B"), # of `MODELS`
                 types |= dict.fromkeys(("sqkv", "so", "sgu", "sd"), "*fp16" if bits == 4 else "*fp32") | dict(shead="*fp32")
                 types |= dict.fromkeys(("pos", "n", "m", "lo", "hi", "seed", "one"), "i32") | dict.fromkeys(("eps", "scale", "inverse_temperature"), "fp32")
                 found.append(Case(f"{model} {kind}" + f" {r} rows"*(r > 1), _decode_kernel, {a: types.get(a, "*fp32") for a in _decode_kernel.arg_names if a not in constants},
-                                  constants, WARPS, 2))
+                                  constants, WARPS, 2, options=dict(launch_cooperative_grid=True)))
     return found

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from triton.runtime import interpreter
 
-_here = threading.local() # .grid: who this thread is; .turn: how it lets another go on
+_here = threading.local() # of a program: grid index, number, turns; barriers passed, and what it got when it arrived at one it has not passed
 
 class Stuck(RuntimeError):
     "Every program waits"
@@ -61,7 +61,7 @@ class _Together:
         builder.set_grid_dim(self.programs, 1, 1)
         def program(i:int)->None:
             turns.gates[i].acquire()
-            _here.grid, _here.turns, _here.me, _here.epoch = (i, 0, 0), turns, i, 0
+            _here.grid, _here.turns, _here.me, _here.epoch, _here.token = (i, 0, 0), turns, i, 0, None
             error = None
             try:
                 if turns.error is None: self.fn(**args)
@@ -75,11 +75,12 @@ class _Together:
 
 @dataclass
 class Trace:
-    "Addresses touched, by barriers met so far and by program"
+    "Addresses touched, by launch and barriers passed so far, and by program"
+    launches: int = 0
     writes: dict = field(default_factory=lambda: defaultdict(list))
     reads: dict = field(default_factory=lambda: defaultdict(list))
 
-    def races(self)->list[tuple[int, int, int]]: # (barriers met, writer, other program)
+    def races(self)->list[tuple[tuple[int, int], int, int]]: # ((launch, barriers passed), writer, other program)
         "Pairs of programs that touch one address between two barriers, one of them writing"
         kept = {kind: {key: np.unique(np.concatenate(x)) for key, x in getattr(self, kind).items()} for kind in ('writes', 'reads')}
         return sorted({(epoch, a, b) for (epoch, a), x in kept['writes'].items() for other in kept.values() for (when, b), y in other.items()
@@ -96,6 +97,7 @@ def cooperative(seed:int=0, # of the schedule
     run, atomic, load, store = kept.values()
 
     def call(executor, *args, **kwargs):
+        if trace is not None: trace.launches += 1
         executor.fn, executor.grid = _Together(executor.fn, executor.grid, seed, share), (1,)
         return run(executor, *args, **kwargs)
 
@@ -103,13 +105,17 @@ def cooperative(seed:int=0, # of the schedule
         turns = getattr(_here, 'turns', None)
         if turns is not None: turns.poll(_here.me, progress=bool(np.any(value.data)))
         out = atomic(self, op, ptr, value, *args)
-        if turns is not None and np.any(value.data): _here.epoch += 1             # arrived
+        if turns is not None:
+            if np.any(value.data): _here.token = int(out.data[0])                 # arrived
+            elif (int(out.data[0]) ^ _here.token) < 0: _here.epoch, _here.token = _here.epoch + 1, None # waited
         return out
 
     def touch(kind:str, ptrs, mask)->None:
         turns = getattr(_here, 'turns', None)
         if turns is None: return
-        if trace is not None: getattr(trace, kind)[_here.epoch, _here.me].append(ptrs.data[mask.data.astype(bool)].ravel())
+        if trace is not None:
+            for epoch in range(_here.epoch, _here.epoch + 1 + (_here.token is not None)): # between arrival and waiting: both before and behind the barrier
+                getattr(trace, kind)[(trace.launches, epoch), _here.me].append(ptrs.data[mask.data.astype(bool)].ravel())
         if kind == 'writes': turns.polls = 0
         if turns.share and turns.rng.random() < turns.share: turns.give(_here.me)
 

@@ -621,7 +621,7 @@ def decode(shape: Shape, # of the model
            *, rows: int = 1, # tokens fed at once, tokens[pos:pos + rows], in one pass over the weights; with rows > 1, n is 1
            head: bool = True, # False leaves out the head and picks nothing (prompts); with n = 1
            programs: int | None = None, # of the launch; None is as many as `buffers` allow (1 where the interpreter runs a persistent launch)
-           stages: tuple[int, int] | None = None, # run these stages only, of n(5L + 1) + 1, or 5L without the head, in one launch
+           stages: tuple[int, int] | None = None, # run these stages only, of n(5L + 1) + 1, or 5L without the head, in one launch; with the same `programs` throughout a token
            reverse: bool = False, # the last program does the first's work: a test of hidden dependences
            sampler: Sampler | None = None, # None is greedy, the lowest index winning ties
            backend: str = "auto", # "persistent": one launch; "staged": a launch a stage, no barrier; "auto": persistent on a GPU, else staged

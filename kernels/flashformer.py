@@ -510,6 +510,7 @@ def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, 
 # ---------------------------------------------------------------------------------------------------------------------- the launch
 
 NOMINAL = 132 if not interpreted(_decode_kernel) else 4 # multiprocessors that tiles are cut for (an H100 or H200), on every GPU: no sum depends on the grid
+TILE = 160 << 10 # bytes of a matrix that a program works on at a time: for all, twice 20 of an H200's 50 MiB of L2
 KINDS = {"int8": 8, "int4-g128": 4} # bits a weight
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 
@@ -520,10 +521,11 @@ def _own(s: Shape) -> int: # numbers that a program keeps to itself: a row of th
 def _divisor(n: int, most: int) -> int: # the largest power of two that divides n, at most `most`
     return min(n & -n, most)
 
-def _tile(N: int, words: int) -> int:
-    "Rows a tile: what keeps a full grid busiest, where the sum over threads at a tile's end costs about as much as a row; the larger of equals"
-    least = min(16, max(4, triton.next_power_of_2(triton.cdiv(1024, words))))     # every thread has four words to read
-    return min((b for b in (16, 8, 4) if b >= least), key=lambda b: (triton.cdiv(triton.cdiv(N, b), NOMINAL)*(b + 1), -b))
+def _tile(N: int, words: int) -> int: # rows; of 32-bit words
+    """Rows a tile: what keeps a full grid busiest, where the sum over threads at a tile's end costs about as much as a row; the larger of equals. Not so few that a
+    thread has no four words to read, nor so many that two tiles a program, the one at work and the one prefetched, crowd the L2 cache"""
+    least, most = min(16, max(4, triton.next_power_of_2(triton.cdiv(1024, words)))), max(4, TILE//(4*words))
+    return min((b for b in (16, 8, 4) if least <= b <= max(most, least)), key=lambda b: (triton.cdiv(triton.cdiv(N, b), NOMINAL)*(b + 1), -b))
 
 def _columns(K: int, bits: int, rows: int, tile: int) -> tuple[int, int]: # words (numbers for `_rows`) a step along a row; slices of `_rows`
     if rows > 1: return (128*bits//32, 8) if bits < 16 else (_divisor(K, 32), 8)

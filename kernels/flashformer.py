@@ -12,6 +12,7 @@ so a token has 5L + 1 stages, and n tokens in one launch meet n(5L + 1) barriers
 position alone, never on the number of programs or on which of them comes first: a launch repeats bit for bit, on any grid.
 """
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -96,23 +97,27 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _NONE = tl.constexpr(2**31 - 1) # no token
 
 @triton.jit
-def _dot(a, b, acc):
-    """acc + a b with a in fp32. Where b is narrow, a goes in as two numbers of its type, which loses 2^-17 at most and keeps the tensor cores.
-    The interpreter multiplies bfloat16 as the integers they are stored in: widen them there, which is exact"""
-    if b.dtype == tl.float32: return tl.dot(a, b, acc, input_precision="ieee")
-    high = a.to(b.dtype)
-    low = (a - high.to(tl.float32)).to(b.dtype)
-    if _INTERPRETED: return tl.dot(low.to(tl.float32), b.to(tl.float32), tl.dot(high.to(tl.float32), b.to(tl.float32), acc))
-    else: return tl.dot(low, b, tl.dot(high, b, acc))
+def _multiply(a, b, acc):
+    "acc + a b. The interpreter multiplies bfloat16 as the integers they are stored in: widen them there, which is exact"
+    if _INTERPRETED: return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else: return tl.dot(a, b, acc)
 
 @triton.jit
-def _dot_rows(w, x, acc):
-    "acc + w x with x in fp32: `_dot` from the other side"
-    if w.dtype == tl.float32: return tl.dot(w, x, acc, input_precision="ieee")
-    high = x.to(w.dtype)
-    low = (x - high.to(tl.float32)).to(w.dtype)
-    if _INTERPRETED: return tl.dot(w.to(tl.float32), low.to(tl.float32), tl.dot(w.to(tl.float32), high.to(tl.float32), acc))
-    else: return tl.dot(w, low, tl.dot(w, high, acc))
+def _halves(x, like):
+    "x in fp32 as the sum of two numbers of a narrow type, which loses 2^-17 of it at most for bfloat16"
+    high = x.to(like.dtype)
+    return high, (x - high.to(tl.float32)).to(like.dtype)
+
+@triton.jit
+def _dot(a, b, acc):
+    "acc + a b in fp32. Where one of the two is narrow the other goes in as two halves: what is stored narrow is multiplied by tensor cores as it is"
+    if a.dtype == b.dtype: return tl.dot(a, b, acc, input_precision="ieee")
+    elif a.dtype == tl.float32:
+        high, low = _halves(a, b)
+        return _multiply(low, b, _multiply(high, b, acc))
+    else:
+        high, low = _halves(b, a)
+        return _multiply(a, low, _multiply(a, high, acc))
 
 @triton.jit
 def _part(word, i: tl.constexpr, one, BITS: tl.constexpr, HALF: tl.constexpr):
@@ -132,7 +137,8 @@ def _part(word, i: tl.constexpr, one, BITS: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _place(c, BITS: tl.constexpr, BK: tl.constexpr):
-    "Where `_one_row` looks for number c of its activations: those that meet part i of consecutive words lie side by side"
+    """Where `_one_row` looks for number c of its activations: those that meet part i of consecutive words lie side by side. In a last step that is not full
+    there are gaps, so that K numbers take up to 2K places"""
     if BITS == 16: return c//(2*BK)*(2*BK) + c % 2*BK + c % (2*BK)//2
     else: return c                                                                # quantised weights are packed so from the start
 
@@ -195,7 +201,7 @@ def _rows(w, scales, x, gain, r, m, one, K: tl.constexpr, eps, NORM: tl.constexp
             if NORM:
                 squares += xk*xk
                 xk *= tl.load(gain + at, mask=ok, other=0.).to(tl.float32)[:, :, None]
-            acc = _dot_rows(tl.load(w + row*K + at[:, None, :], mask=ok[:, None, :], other=0., eviction_policy="evict_first"), xk, acc)
+            acc = _dot(tl.load(w + row*K + at[:, None, :], mask=ok[:, None, :], other=0., eviction_policy="evict_first"), xk, acc)
     else:
         PARTS: tl.constexpr = 32//BITS
         WORDS: tl.constexpr = 128//PARTS
@@ -212,7 +218,7 @@ def _rows(w, scales, x, gain, r, m, one, K: tl.constexpr, eps, NORM: tl.constexp
                     squares += xk*xk
                     xk *= tl.load(gain + column, mask=ok, other=0.).to(tl.float32)[:, :, None]
                 q = (_part(word, n, one, BITS, False) - 1.5)*(1 << BITS)
-                part = _dot_rows(q.to(tl.bfloat16), xk, part)                     # small integers: exact
+                part = _dot(q.to(tl.bfloat16), xk, part)                     # small integers: exact
             if BITS == 4: part *= tl.load(scales + row*(K//128) + block[:, None, None], mask=(block < K//128)[:, None, None], other=0.).to(tl.float32)
             acc += part
     y = tl.sum(acc, 0)
@@ -396,7 +402,7 @@ def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, 
     live = (i < m)[None, :]
     mine = own + pid*OWN                                                          # a private copy of the embedding's row, and then of activations
     x = mine + D
-    sums = x + max(D, ROWS*A)
+    sums = x + max(2*D, ROWS*A)
     for s in range(lo, hi):
         t = s//(5*L + 1)
         u = s - t*(5*L + 1)
@@ -493,8 +499,8 @@ def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, 
                 ok = (r < D)[:, None] & live
                 tl.store(h + i[None, :]*D + r[:, None], y + tl.load(h + i[None, :]*D + r[:, None], mask=ok, other=0.), mask=ok)
         if s + 1 < hi:
-            token_of_wait = grid_arrive(barrier)
-            if AHEAD:                                                             # the first tile of the next matrix but one or of the next
+            arrival = grid_arrive(barrier)
+            if AHEAD:                                                             # the first tile of the next matrix that is not yet on its way
                 k = l.to(tl.int64)
                 if u == 5*L: _ahead(wqkv, pid*BN_QKV, NQ, D, BITS, BN_QKV, AHEAD)
                 elif stage == 0: _ahead(wo + k*(D*WA), pid*BN_O, D, A, BITS, BN_O, AHEAD)
@@ -505,18 +511,18 @@ def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, 
                 elif stage == 3:
                     if l + 1 < L: _ahead(wqkv + (k + 1)*(NQ*WD), pid*BN_QKV, NQ, D, BITS, BN_QKV, AHEAD)
                     else: _ahead(head, pid*BN_HEAD, V, D, HEAD_BITS, BN_HEAD, AHEAD)
-            grid_wait(barrier, token_of_wait)
+            grid_wait(barrier, arrival)
 
 # ---------------------------------------------------------------------------------------------------------------------- the launch
 
 NOMINAL = 132 if not interpreted(_decode_kernel) else 4 # multiprocessors that tiles are cut for (an H100 or H200), on every GPU: no sum depends on the grid
 TILE = 160 << 10 # bytes of a matrix that a program works on at a time: for all, twice 20 of an H200's 50 MiB of L2
 KINDS = {"int8": 8, "int4-g128": 4} # bits a weight
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+WARPS = 8 # a program: one program fills a multiprocessor
 
 def _own(s: Shape) -> int: # numbers that a program keeps to itself: a row of the embedding, activations, their sums
     A = s.heads*s.head_dim
-    return triton.cdiv(s.hidden + max(s.hidden, ROWS*A) + triton.cdiv(max(s.hidden, A, s.ffn), 128), 32)*32
+    return triton.cdiv(s.hidden + max(2*s.hidden, ROWS*A) + triton.cdiv(max(s.hidden, A, s.ffn), 128), 32)*32
 
 def _divisor(n: int, most: int) -> int: # the largest power of two that divides n, at most `most`
     return min(n & -n, most)
@@ -536,8 +542,9 @@ def _columns(K: int, bits: int, rows: int, tile: int) -> tuple[int, int]: # word
 def _bits(w: torch.Tensor | Quantised) -> int:
     return KINDS[w.kind] if isinstance(w, Quantised) else 8*w.element_size()
 
+@lru_cache(maxsize=64)
 def _constants(shape: Shape, bits: int, head_bits: int, rows: int, splits: int, programs: int, *, sample: bool = False, ahead: bool = False, reverse: bool = False) -> dict:
-    "What the kernel is compiled with"
+    "What the kernel is compiled with. Not to be changed"
     s = shape
     A, R = s.heads*s.head_dim, 1 if rows == 1 else ROWS
     sizes = dict(QKV=((s.heads + 2*s.kv_heads)*s.head_dim, s.hidden, bits), O=(s.hidden, A, bits), GU=(2*s.ffn, s.hidden, bits), D=(s.hidden, s.ffn, bits),
@@ -578,7 +585,8 @@ def why_not(shape: Shape, # of the model
     s, body = shape, [w for name, w in _matrices(weights).items() if name != "head"]
     if reason := why_not_here(_decode_kernel, weights.emb): return reason
     if s.heads % s.kv_heads or s.heads//s.kv_heads > 16: return f"1 to 16 query heads a key head wanted, got {s.heads} and {s.kv_heads}"
-    if s.head_dim & (s.head_dim - 1) or not 16 <= s.head_dim <= 256: return f"the head dim must be a power of two from 16 to 256, got {s.head_dim}"
+    least = 16 if interpreted(_decode_kernel) else 32                             # a tensor core takes 16 numbers of half a head
+    if s.head_dim & (s.head_dim - 1) or not least <= s.head_dim <= 256: return f"the head dim must be a power of two from {least} to 256, got {s.head_dim}"
     if len({_bits(w) for w in body}) > 1 or len({isinstance(w, Quantised) for w in body}) > 1: return "the matrices of the layers must all be of one kind"
     for name, w in _matrices(weights).items():
         N, K = _sizes(s)[name]
@@ -667,8 +675,6 @@ def _launch(shape: Shape, weights: Weights, buffers: Buffers, tokens: torch.Tens
                                   w.cos, w.sin, b.keys, b.values, b.h, b.qkv, b.part, b.high, b.low, b.own, b.act, b.best, b.best_id, b.picked, b.barrier,
                                   pos, n, rows, *span, shape.eps, (shape.scale or shape.head_dim**-.5)*1.4426950408889634, 1/sampler.temperature, sampler.seed, 0x3F800000,
                                   **constants, num_warps=WARPS, num_stages=2, launch_cooperative_grid=span[1] - span[0] > 1)
-
-WARPS = 8
 
 def gumbel(seed: int, # of the sampler
            place: int, # where the token was fed whose successor is drawn

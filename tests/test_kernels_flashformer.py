@@ -312,9 +312,10 @@ def test_together(measured):
 
 @pytest.mark.parametrize('name', ['int8', 'int4'])
 def test_quantised(measured, name):
-    "Weights of few bits equal the same numbers made wide: one row to float32's rounding, rows at once to that of activations in two bfloat16 halves"
+    """Weights of few bits equal the same numbers made wide: one row to float32's rounding, a few times over for the part that all mantissas have in common, rows at once to that
+    of activations in two bfloat16 halves"""
     got = of(measured, name)
-    assert got['one'] <= 2e-6 and got['rows'] <= 5e-5, got
+    assert got['one'] <= 1e-5 and got['rows'] <= 5e-5, got
     assert got['picked'] == got['want']
 
 def test_splits(measured):

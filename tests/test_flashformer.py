@@ -282,6 +282,15 @@ def test_without_a_gpu_the_kernel_says_what_it_wants(models):
     with pytest.raises(ValueError, match="the kernel cannot run here: .*GPU"): Decoder.from_hf(models["llama"], backend="staged")
     assert Decoder.from_hf(models["llama"]).backend == "reference"
 
+def test_the_ledger_says_what_the_checks_found():
+    from rlcr_suite.core.records import read, records_dir
+    from rlcr_suite.flashformer import experiment, results
+    written = {c.id: c for c in read("flashformer")}
+    e = experiment.read_evidence(records_dir()/"evidence"/"flashformer"/written["generate"].scale)
+    found = {c.id: c for c in results.decide(e)}
+    assert {i: (c.ours, c.rule, c.holds) for i, c in written.items()} == {i: (c.ours, c.rule, c.holds) for i, c in found.items()}
+    assert {i for i, c in found.items() if c.ours} == set(results.OURS) and all(c.kind == "speed" for i, c in found.items() if i not in results.OURS)
+
 def test_importing_the_commands_imports_nothing_large():
     code = "import sys, rlcr_suite.flashformer.cli; print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'triton', 'transformers', 'numpy', 'pandas'}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

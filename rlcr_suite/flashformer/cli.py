@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from rlcr_suite.flashformer.decoder import Decoder
     from rlcr_suite.kernels.flashformer import Sampler, Shape
 
-# %% ../../nbs/04_flashformer/11_commands.ipynb #0f7edce9
-app = typer.Typer(rich_markup_mode='rich', no_args_is_help=True, help='Decode one text as fast as memory allows.')
-
+# %% ../../nbs/04_flashformer/11_commands.ipynb #11af0451
 def _examples(*lines: str) -> str:
     "Examples below a command's help"
     return '\n\n'.join(['[bold]Examples[/bold]', *(f'  [green]{escape(l)}[/green]' for l in lines)])
+
+app = typer.Typer(rich_markup_mode='rich', no_args_is_help=True, help='Decode one text as fast as memory allows.',
+                  epilog=_examples('rlcr-suite flashformer plan --model Llama-3.1-8B', 'rlcr-suite flashformer chat --model ./model'))
 
 Quant = Literal['int8', 'int4-g128']
 Backend = Literal['auto', 'persistent', 'staged', 'reference']
@@ -121,14 +122,14 @@ def measure(d: 'Decoder', # to be timed; its text is lost
     median, low, high = _median(lambda: d.rollback(context).step(tokens), d.tokens.device, repeats)
     return dict(context=context, tokens=tokens, seconds=dict(median=median/tokens, low=low/tokens, high=high/tokens), bytes=d.plan(context=context + tokens//2).bytes)
 
-# %% ../../nbs/04_flashformer/11_commands.ipynb #c7db7bb5
+# %% ../../nbs/04_flashformer/11_commands.ipynb #58c62ea7
 def _timed_decoder(model: str, quant: str | None, max_len: int, backend: str, device):
     "A decoder of a checkpoint, or of random weights in a shape of the table"
     from rlcr_suite.flashformer.bandwidth import MODELS
     from rlcr_suite.flashformer.decoder import Decoder
     if model not in MODELS: return Decoder.from_hf(model, quant, max_len, backend, device)
     from rlcr_suite.flashformer.plan import footprint, need_memory
-    (shape, itemsize, tied) = _config(model, max_len)
+    shape, itemsize, tied = _config(model, max_len)
     need_memory(footprint(shape, quant, itemsize, tied), device)
     return Decoder(shape, random_weights(shape, quant, device=device, tied=tied), backend=backend)
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['footprint', 'free_memory', 'need_memory', 'Plan']
 
-# %% ../../nbs/04_flashformer/08_plan.ipynb #df2003e7
+# %% ../../nbs/04_flashformer/08_plan.ipynb #1b27a239
 from dataclasses import dataclass
 from pathlib import Path
 import os
 import torch
-from .bandwidth import GPU, GPUS, QUANTS, boundaries, light, traffic
+from .bandwidth import GPUS, boundaries, light, traffic
 from ..kernels.flashformer import Shape
 
 # %% ../../nbs/04_flashformer/08_plan.ipynb #c091d51d
@@ -45,7 +45,7 @@ def need_memory(f: dict[str, int], # of `footprint`
         raise ValueError(f"too little memory on {device}: {need/1e9:.2f} GB needed ({f['weights']/1e9:.2f} for weights, {f['cache']/1e9:.2f} for the cache), {free/1e9:.2f} free; "
                          "a smaller max_len, or quant='int8' or 'int4-g128', needs less")
 
-# %% ../../nbs/04_flashformer/08_plan.ipynb #eb3c21ed
+# %% ../../nbs/04_flashformer/08_plan.ipynb #bef5a716
 @dataclass(frozen=True)
 class Plan:
     "What it takes to decode with a model. Raises `ValueError` for a GPU that is not in `GPUS`, or more context than the cache holds."
@@ -91,7 +91,10 @@ class Plan:
         "Least time of a token"
         return light(self.bytes, self.bandwidth) + self.barriers*barrier
 
-# %% ../../nbs/04_flashformer/08_plan.ipynb #c81c1544
+    def __str__(self) -> str: return _text(_rows(self))
+    def _repr_markdown_(self) -> str: return "\n".join(["| | |", "|---|---|", *(f"| {a.strip()} | {b} |" for a, b in _rows(self))])
+
+# %% ../../nbs/04_flashformer/08_plan.ipynb #1285583a
 def _rows(p: Plan) -> list[tuple[str, str]]:
     "A plan in words"
     measured = "that a copy was measured to reach" if GPUS[p.gpu].copied else "of its data sheet"
@@ -103,9 +106,7 @@ def _rows(p: Plan) -> list[tuple[str, str]]:
             ("barriers a token", str(p.barriers)), ("speed of light", f"{p.seconds()*1e6:.0f} µs, {1/p.seconds():.0f} tokens a second, at the {p.bandwidth/1e12:.2f} TB/s {measured}"),
             ("with 1 µs a barrier", f"{p.seconds(1e-6)*1e6:.0f} µs, {1/p.seconds(1e-6):.0f} tokens a second"), ("measured", "not measured")]
 
-def _text(p: Plan) -> str:
-    width = max(len(a) for a, _ in _rows(p))
-    return "\n".join(f"{a:{width}}  {b}" for a, b in _rows(p))
-
-Plan.__str__ = _text
-Plan._repr_markdown_ = lambda p: "\n".join(["| | |", "|---|---|", *(f"| {a.strip()} | {b} |" for a, b in _rows(p))])
+def _text(rows: list[tuple[str, str]]) -> str:
+    "Two columns"
+    width = max(len(a) for a, _ in rows)
+    return "\n".join(f"{a:{width}}  {b}" for a, b in rows)

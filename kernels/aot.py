@@ -45,6 +45,7 @@ class Case:
     num_warps: int = 4
     num_stages: int = 2
     aligned: tuple[str, ...] = () # integer arguments that are multiples of 16 (pointers always count as aligned to 16 bytes)
+    options: Mapping[str, object] = field(default_factory=dict) # further options of the backend, e.g. launch_cooperative_grid
 
 @dataclass(frozen=True)
 class Compiled:
@@ -90,6 +91,35 @@ class Compiled:
         "Atomic operations on memory in the code. Sums by atomics have no fixed order: a deterministic kernel has none."
         return self.count(r"^\s*(@%?\w+\s+)?(atom|red)(\.async)?\.", "ptx")
 
+    @cached_property
+    def loops(self)->list[list[str]]:
+        "Instructions of every innermost loop of the machine code, by name with suffixes."
+        lines = re.findall(r"^(\.L_\w+:)|^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", self.sass, re.M)
+        label, code, spans = {}, [], []
+        for name, instruction in lines:
+            if name: label[name[:-1]] = len(code); continue
+            to = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction)
+            if to and label.get(to[1], len(code)) < len(code): spans.append((label[to[1]], len(code) + 1))
+            code.append(re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0])
+        inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+        return [code[first:last] for first, last in inner]
+
+    @property
+    def streams(self)->list[tuple[int, int]]:
+        "Innermost loops that read what is read once (`eviction_policy='evict_first'`): instructions, and bytes so read by a thread."
+        sizes = [(len(loop), sum(int(m[1] or 32)//8 for op in loop if (m := re.match(r"LDG\.E\.EF(?:\.CONSTANT)?(?:\.(64|128))?", op)))) for loop in self.loops]
+        return [(n, size) for n, size in sizes if size]
+
+    @property
+    def polls(self)->int:
+        "Loads that look at what another program writes (relaxed, at the scope of the GPU): a spin that was not deleted."
+        return self.count(r"LDG\.E\S*\.STRONG\.GPU", "sass")
+
+    @property
+    def invalidates(self)->int:
+        "Instructions that empty the L1 cache, as every acquire at the scope of the GPU does."
+        return self.count(r"\bCCTL\.IVALL", "sass")
+
     @property
     def resident(self)->int:
         "Programs that fit on one multiprocessor at once, by registers, shared memory and threads."
@@ -102,7 +132,7 @@ class Compiled:
     def row(self)->dict:
         "The figures without the code, as plain types."
         names = ("label", "capability", "num_warps", "num_stages", "registers", "spill_stores", "spill_loads", "stack", "shared",
-                 "tensor_memory", "matmul", "atomics", "resident")
+                 "tensor_memory", "matmul", "atomics", "resident", "streams", "polls", "invalidates")
         return {name: getattr(self, name) for name in names}
 
 def _local_bytes(sass:str, op:str)->int:
@@ -149,7 +179,7 @@ def compile_cases(cases:Sequence[Case], # what to compile
                   capabilities:Sequence[int]=(80, 90, 100), # for which GPUs
                  )->list[Compiled]: # in the order cases x capabilities
     "Every case for every GPU."
-    return [compile_for(c.kernel, c.signature, c.constexprs, cap, c.num_warps, c.num_stages, c.aligned, c.label)
+    return [compile_for(c.kernel, c.signature, c.constexprs, cap, c.num_warps, c.num_stages, c.aligned, c.label, **c.options)
             for c in cases for cap in capabilities]
 
 def report(module:str, # name of a module that has `aot_cases()`

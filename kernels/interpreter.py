@@ -3,12 +3,17 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["interpreted", "why_not_here"]
+__all__ = ["interpreted", "sequential", "why_not_here"]
 
 def interpreted(kernel:object, # made by `triton.jit`
                )->bool:
     "Whether `TRITON_INTERPRET=1` when the kernel's module was imported"
     return not isinstance(kernel, triton.JITFunction)
+
+def sequential()->bool:
+    "Whether the interpreter runs the programs of a launch one after the other, as Triton's own does: none of them can then wait for a later one"
+    from triton.runtime import interpreter
+    return interpreter.GridExecutor.__call__.__module__ == interpreter.__name__
 
 def why_not_here(kernel:object, # made by `triton.jit`
                  x:torch.Tensor, # one of its inputs

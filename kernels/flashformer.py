@@ -1,0 +1,718 @@
+r"""A whole decoder in one persistent kernel (FlashFormer, arXiv 2505.22758): every layer of a token, and several tokens, a launch.
+Explained in nbs/04_flashformer/06_kernel.
+
+Every program stays on its multiprocessor and goes through the stages of all layers; between two stages stands a barrier over the whole grid.
+
+    stage 0   x = norm(h);  qkv = Wqkv x (+ b)                        4   h += Wd act
+          1   q, k norm and rotation; append k, v; attention, split   5L  logits = W norm(h); each program's best token
+          2   combine the splits;  h += Wo o                              (the next token's stage 0 begins by picking the best of these)
+          3   act = silu(Wg norm(h)) * (Wu norm(h))
+
+so a token has 5L + 1 stages, and n tokens in one launch meet n(5L + 1) barriers. The order of every sum depends on the model's shape and on the
+position alone, never on the number of programs or on which of them comes first: a launch repeats bit for bit, on any grid.
+"""
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from .grid import grid_arrive, grid_wait, prefetch
+from .interpreter import interpreted, sequential, why_not_here
+
+__all__ = ["Shape", "Quantised", "Weights", "Buffers", "Sampler", "ROWS", "allocate", "decode", "gumbel", "why_not", "aot_cases"]
+
+ROWS = 16 # rows that one pass over the weights can serve
+
+@dataclass(frozen=True)
+class Shape:
+    "What the kernel is compiled for: the sizes of a Llama-like decoder."
+    layers: int
+    hidden: int # D, width of the residual stream
+    heads: int # H, query heads
+    kv_heads: int # KVH, key and value heads; H is a multiple
+    head_dim: int # HD
+    ffn: int # F, width of the feed-forward
+    vocab: int # V
+    max_len: int # T, places of the cache
+    eps: float = 1e-5 # of every norm
+    qkv_bias: bool = False # Qwen2
+    qk_norm: bool = False # Qwen3: a norm over each head's query and key
+    scale: float | None = None # of the attention logits; None is head_dim**-0.5
+
+class Quantised(NamedTuple):
+    """A matrix (..., N, K) in few bits, K a multiple of 128. With b = column // 128 and W words of 32 bits for each such block, part i of word
+    b W + j is column 128 b + i W + j: so that consecutive words, which one thread reads at once, meet consecutive numbers of x.
+
+    int8       packed (..., N, K/4): 4 parts of 8 bits, W = 32, each q + 128 with -127 <= q <= 127; scales (..., N) fp32
+    int4-g128  packed (..., N, K/8): 8 parts of 4 bits, W = 16, each q + 8 with -8 <= q <= 7;       scales (..., N, K/128) fp16 or fp32
+
+    Part i lies in bits i*bits and up; the matrix is q * scale."""
+    packed: torch.Tensor # int32
+    scales: torch.Tensor # floating
+    kind: str # "int8" or "int4-g128"
+
+class Weights(NamedTuple):
+    "Parameters, layers stacked. Matrices are (out, in) as in `torch.nn.Linear`, of one dtype, or `Quantised`."
+    emb: torch.Tensor # (V, D)
+    wqkv: torch.Tensor | Quantised # (L, (H + 2 KVH) HD, D): queries, keys, values
+    bqkv: torch.Tensor | None # (L, (H + 2 KVH) HD)
+    qn: torch.Tensor | None # (L, HD) gain of the queries' norm
+    kn: torch.Tensor | None # (L, HD) gain of the keys' norm
+    wo: torch.Tensor | Quantised # (L, D, H HD)
+    wgu: torch.Tensor | Quantised # (L, 2 F, D): gate, up
+    wd: torch.Tensor | Quantised # (L, D, F)
+    n1: torch.Tensor # (L, D) gain of the norm before attention
+    n2: torch.Tensor # (L, D) gain of the norm before the feed-forward
+    nf: torch.Tensor # (D,) gain of the last norm
+    head: torch.Tensor | Quantised # (V, D); the same tensor as `emb` if tied
+    cos: torch.Tensor # (T, HD/2) fp32, cosines of the rotation, scaled as the model wants
+    sin: torch.Tensor # (T, HD/2) fp32
+
+class Buffers(NamedTuple):
+    "What a decoder writes. Made by `allocate`; nothing but the cache up to the position, and `barrier`, is read before it is written."
+    keys: torch.Tensor # (L, KVH, T, HD) rotated
+    values: torch.Tensor # (L, KVH, T, HD)
+    h: torch.Tensor # (ROWS, D) fp32 residual stream
+    qkv: torch.Tensor # (ROWS, (H + 2 KVH) HD) fp32
+    part: torch.Tensor # (ROWS, H, splits, HD) fp32 attention of each split
+    high: torch.Tensor # (ROWS, H, splits) fp32 largest logit
+    low: torch.Tensor # (ROWS, H, splits) fp32 sum of exponentials
+    own: torch.Tensor # (programs, …) fp32: what a program keeps to itself
+    act: torch.Tensor # (ROWS, F) fp32
+    best: torch.Tensor # (programs, ROWS) fp32 best logit that a program has seen
+    best_id: torch.Tensor # (programs, ROWS) int32 whose it is
+    picked: torch.Tensor # (ROWS,) int32 successors of rows that were fed at once
+    barrier: torch.Tensor # (1,) int32
+
+class Sampler(NamedTuple):
+    "Sampling by the Gumbel-max trick: the same seed and position give the same noise, whatever the grid. Without one, greedy."
+    temperature: float = 1.0
+    seed: int = 0
+
+# ------------------------------------------------------------------------------------------------------- a matrix times activations
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_NONE = tl.constexpr(2**31 - 1) # no token
+
+@triton.jit
+def _multiply(a, b, acc):
+    "acc + a b. The interpreter multiplies bfloat16 as the integers they are stored in: widen them there, which is exact"
+    if _INTERPRETED: return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else: return tl.dot(a, b, acc)
+
+@triton.jit
+def _halves(x, like):
+    "x in fp32 as the sum of two numbers of a narrow type, which loses 2^-17 of it at most for bfloat16"
+    high = x.to(like.dtype)
+    return high, (x - high.to(tl.float32)).to(like.dtype)
+
+@triton.jit
+def _dot(a, b, acc):
+    "acc + a b in fp32. Where one of the two is narrow the other goes in as two halves: what is stored narrow is multiplied by tensor cores as it is"
+    if a.dtype == b.dtype: return tl.dot(a, b, acc, input_precision="ieee")
+    elif a.dtype == tl.float32:
+        high, low = _halves(a, b)
+        return _multiply(low, b, _multiply(high, b, acc))
+    else:
+        high, low = _halves(b, a)
+        return _multiply(a, low, _multiply(a, high, acc))
+
+@triton.jit
+def _part(word, i: tl.constexpr, one, BITS: tl.constexpr, HALF: tl.constexpr):
+    """Part i of 32-bit words, as fp32: a number of 32 or 16 bits as it is; of 8 or 4 bits as 1 + u 2^-BITS, where u = q + 2^(BITS-1) is what is stored: a
+    shift and one three-way logical instruction, no conversion. So q = 2^BITS (part - 1.5), and the subtraction is left to the end of a sum. `one` holds
+    the bits of 1.0: an argument, since of two constants known to the compiler one would take an instruction more"""
+    if BITS == 32: return word.to(tl.float32, bitcast=True)
+    elif BITS == 16:
+        if HALF: return (word >> 16*i).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        elif i == 0: return (word << 16).to(tl.float32, bitcast=True)
+        else: return (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        SHIFT: tl.constexpr = 23 - BITS - BITS*i
+        if SHIFT > 0: word = word << SHIFT
+        elif SHIFT < 0: word = word >> -SHIFT
+        return ((word & (((1 << BITS) - 1) << (23 - BITS))) | one).to(tl.float32, bitcast=True)
+
+@triton.jit
+def _place(c, BITS: tl.constexpr, BK: tl.constexpr):
+    """Where `_one_row` looks for number c of its activations: those that meet part i of consecutive words lie side by side. In a last step that is not full
+    there are gaps, so that K numbers take up to 2K places"""
+    if BITS == 16: return c//(2*BK)*(2*BK) + c % 2*BK + c % (2*BK)//2
+    else: return c                                                                # quantised weights are packed so from the start
+
+@triton.jit
+def _one_row(w, scales, x, sums, r, one, K: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Rows r of a matrix (N, K), read as 32-bit words, times x (K,) as `_place` lays it out: (BN, 1). By fused multiply-adds; the sum over threads comes last.
+    A thread reads four words of a row, and four numbers of x for each of their parts. x is read once for every row of the tile: so it is born in the layout of
+    the weights, and the assembler keeps one load for all rows; read as a vector it would change threads through shared memory at every step. sums (K/128,): of x,
+    block by block, for quantised weights"""
+    PARTS: tl.constexpr = 32//BITS
+    COUNT: tl.constexpr = K//PARTS                                                # words a row
+    EVEN: tl.constexpr = COUNT % BK == 0
+    WORDS: tl.constexpr = BK if BITS >= 16 else 128//PARTS                        # words whose parts i lie side by side
+    r = r[:, None]
+    row = r.to(tl.int64)*COUNT
+    if BITS >= 16: w = w.to(tl.pointer_type(tl.int32))
+    j = tl.arange(0, BK)[None, :]
+    column = j//WORDS*(WORDS*PARTS) + j % WORDS + 0*r
+    acc = tl.zeros((BN, BK), tl.float32)
+    for k in range(0, COUNT, BK):
+        ok = (k + j < COUNT) & (r >= 0)                                           # only asked where the last step is not full
+        if EVEN: word = tl.load(w + row + (k + j), eviction_policy="evict_first")
+        else: word = tl.load(w + row + (k + j), mask=ok, other=0, eviction_policy="evict_first")
+        part = tl.zeros((BN, BK), tl.float32) if BITS == 4 else acc               # 4 bits have a scale for each block of columns
+        for i in tl.static_range(PARTS):
+            if EVEN: xk = tl.load(x + (k*PARTS + column + i*WORDS))
+            else: xk = tl.load(x + (k*PARTS + column + i*WORDS), mask=ok, other=0.)
+            part += _part(word, i, one, BITS, HALF)*xk
+        if BITS == 4:
+            at = r.to(tl.int64)*(K//128) + (k//WORDS + j//WORDS)
+            if EVEN: scale = tl.load(scales + at)
+            else: scale = tl.load(scales + at, mask=ok, other=0.)
+            acc += part*scale.to(tl.float32)
+        else: acc = part
+    y = tl.sum(acc, 1)
+    if BITS < 16:                                                                 # what every part has too much, block by block
+        BLOCKS: tl.constexpr = triton.next_power_of_2(K//128)
+        b = tl.arange(0, BLOCKS)[None, :]
+        total = tl.load(sums + b + 0*r, mask=(b < K//128) & (r >= 0), other=0.)
+        if BITS == 4: total *= tl.load(scales + r.to(tl.int64)*(K//128) + b, mask=(b < K//128) & (r >= 0), other=0.).to(tl.float32)
+        y = (y - 1.5*tl.sum(total, 1))*(1 << BITS)
+    y = y[:, None]
+    if BITS == 8: y *= tl.load(scales + r).to(tl.float32)
+    return y
+
+@triton.jit
+def _rows(w, scales, x, gain, r, m, one, K: tl.constexpr, eps, NORM: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+          BK: tl.constexpr, S: tl.constexpr):
+    "Rows r of a matrix (N, K) times m <= R rows of x (R, K): (BN, R), by tensor cores. The columns are dealt to S slices, so that all warps multiply"
+    s, j, i = tl.arange(0, S), tl.arange(0, BK), tl.arange(0, R)
+    row = r.to(tl.int64)[None, :, None]
+    live = (i < m)[None, None, :]
+    acc = tl.zeros((S, BN, R), tl.float32)
+    squares = tl.zeros((S, BK, R), tl.float32)
+    if BITS >= 16:
+        for k in range(0, K, S*BK):
+            at = k + s[:, None]*BK + j[None, :]
+            ok = at < K
+            xk = tl.load(x + i[None, None, :]*K + at[:, :, None], mask=live & ok[:, :, None], other=0.)
+            if NORM:
+                squares += xk*xk
+                xk *= tl.load(gain + at, mask=ok, other=0.).to(tl.float32)[:, :, None]
+            acc = _dot(tl.load(w + row*K + at[:, None, :], mask=ok[:, None, :], other=0., eviction_policy="evict_first"), xk, acc)
+    else:
+        PARTS: tl.constexpr = 32//BITS
+        WORDS: tl.constexpr = 128//PARTS
+        for k in range(0, K//PARTS, S*BK):
+            block = k//BK + s                                                     # BK is WORDS: a slice is one block
+            at = block[:, None]*BK + j[None, :]
+            ok = at < K//PARTS
+            word = tl.load(w + row*(K//PARTS) + at[:, None, :], mask=ok[:, None, :], other=0, eviction_policy="evict_first")
+            part = tl.zeros((S, BN, R), tl.float32)
+            for n in tl.static_range(PARTS):
+                column = block[:, None]*128 + n*WORDS + j[None, :]
+                xk = tl.load(x + i[None, None, :]*K + column[:, :, None], mask=live & ok[:, :, None], other=0.)
+                if NORM:
+                    squares += xk*xk
+                    xk *= tl.load(gain + column, mask=ok, other=0.).to(tl.float32)[:, :, None]
+                q = (_part(word, n, one, BITS, False) - 1.5)*(1 << BITS)
+                part = _dot(q.to(tl.bfloat16), xk, part)                     # small integers: exact
+            if BITS == 4: part *= tl.load(scales + row*(K//128) + block[:, None, None], mask=(block < K//128)[:, None, None], other=0.).to(tl.float32)
+            acc += part
+    y = tl.sum(acc, 0)
+    if BITS == 8: y *= tl.load(scales + r).to(tl.float32)[:, None]
+    if NORM: y *= tl.rsqrt(tl.sum(tl.sum(squares, 0), 0)/K + eps)[None, :]
+    return y
+
+@triton.jit
+def _product(w, scales, x, sums, gain, r, m, one, K: tl.constexpr, eps, NORM: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+             BK: tl.constexpr, S: tl.constexpr):
+    "Rows r of a matrix times one row of activations, normed already, or times up to R, with the norm: (BN, R)"
+    if R == 1: return _one_row(w, scales, x, sums, r, one, K, BITS, w.dtype.element_ty == tl.float16, BN, BK)
+    else: return _rows(w, scales, x, gain, r, m, one, K, eps, NORM, BITS, R, BN, BK, S)
+
+@triton.jit
+def _norm(x, gain, to, K: tl.constexpr, eps, BITS: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr):
+    "RMS norm of x (K,) into this program's own memory, laid out for `_one_row`"
+    squares = tl.zeros((BE,), tl.float32)
+    for k in range(0, K, BE):
+        xk = tl.load(x + k + tl.arange(0, BE))
+        squares += xk*xk
+    unit = tl.rsqrt(tl.sum(squares, 0)/K + eps)
+    for k in range(0, K, BE):
+        c = k + tl.arange(0, BE)
+        tl.store(to + _place(c, BITS, BK), tl.load(x + c)*unit*tl.load(gain + c).to(tl.float32))
+    tl.debug_barrier()                                                            # other threads of this program read it
+
+@triton.jit
+def _sum_blocks(x, to, K: tl.constexpr, BITS: tl.constexpr):
+    "Sums of x (K,) over blocks of 128, for quantised weights: to (K/128,)"
+    if BITS < 16:
+        for first in range(0, K//128, 16):
+            b = first + tl.arange(0, 16)
+            ok = b < K//128
+            tl.store(to + b, tl.sum(tl.load(x + b[:, None]*128 + tl.arange(0, 128)[None, :], mask=ok[:, None], other=0.), 1), mask=ok)
+        tl.debug_barrier()
+
+@triton.jit
+def _ahead(w, first, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr):
+    "Prefetch the tile of BN rows that begins with `first`, if there is one"
+    WIDE: tl.constexpr = K if BITS >= 16 else K*BITS//32                          # elements a row
+    BYTES: tl.constexpr = K*BITS//8
+    if AHEAD:
+        if first < N: prefetch(w + first.to(tl.int64)*WIDE, tl.minimum(N - first, BN)*BYTES)
+
+# ---------------------------------------------------------------------------------------------------------------------- attention
+
+@triton.jit
+def _turn(a, b, cos, sin):
+    "Rotate pairs (a, b): the two halves of a head (Su et al. 2021, as Hugging Face lays it out)"
+    return a*cos - b*sin, b*cos + a*sin
+
+@triton.jit
+def _head_norm(a, b, gain, l, d, eps, HD: tl.constexpr):
+    "Qwen3's norm of a head given as its halves, each (rows, HD/2)"
+    unit = tl.rsqrt((tl.sum(a*a, 1) + tl.sum(b*b, 1))/HD + eps)[:, None]
+    gain += l*HD
+    return a*unit*tl.load(gain + d).to(tl.float32)[None, :], b*unit*tl.load(gain + HD//2 + d).to(tl.float32)[None, :]
+
+@triton.jit
+def _online(acc, high, low, logits, v):
+    "One step of the online softmax, base 2"
+    top = tl.maximum(high, tl.max(logits, 1))
+    shrink = tl.exp2(high - top)
+    p = tl.exp2(logits - top[:, None])
+    return _dot(p, v, acc*shrink[:, None]), top, low*shrink + tl.sum(p, 1)
+
+@triton.jit
+def _attend(qkv, qn, kn, keys, values, cos, sin, part, high_out, low_out, l, kv, split, chunk, per, p, m, eps, scale,
+            H: tl.constexpr, KVH: tl.constexpr, HD: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr, QK_NORM: tl.constexpr,
+            BG: tl.constexpr, BT: tl.constexpr):
+    """16 queries of one key head, heads within rows, against one split of the cache; the first split takes the new rows too, and the first program to take them
+    appends them"""
+    BQ: tl.constexpr = 16                                                         # the least that a tensor core takes
+    G: tl.constexpr = H//KVH
+    WIDE: tl.constexpr = (H + 2*KVH)*HD
+    NEW: tl.constexpr = 16                                                        # new rows, padded to what a tensor core takes
+    d, e, row = tl.arange(0, HD//2), tl.arange(0, HD), chunk*BQ + tl.arange(0, BQ)
+    i, g = row//BG, row % BG
+    live = ((i < m) & (g < G))[:, None]
+    at = qkv + (i*WIDE + (kv*G + g)*HD)[:, None] + d[None, :]
+    a, b = tl.load(at, mask=live, other=0.), tl.load(at + HD//2, mask=live, other=0.)
+    if QK_NORM: a, b = _head_norm(a, b, qn, l, d, eps, HD)
+    angle = (p + i)[:, None]*(HD//2) + d[None, :]
+    a, b = _turn(a*scale, b*scale, tl.load(cos + angle, mask=live, other=0.), tl.load(sin + angle, mask=live, other=0.))
+    base = (l*KVH + kv).to(tl.int64)*(T*HD)
+    high, low = tl.full((BQ,), float("-inf"), tl.float32), tl.zeros((BQ,), tl.float32)
+    acc = tl.zeros((BQ, HD), tl.float32)
+    if split == 0:
+        n = tl.arange(0, NEW)
+        new = (n < m)[:, None]
+        from_new = qkv + (n*WIDE + (H + kv)*HD)[:, None] + d[None, :]
+        ka, kb = tl.load(from_new, mask=new, other=0.), tl.load(from_new + HD//2, mask=new, other=0.)
+        if QK_NORM: ka, kb = _head_norm(ka, kb, kn, l, d, eps, HD)
+        turn = (p + n)[:, None]*(HD//2) + d[None, :]
+        ka, kb = _turn(ka, kb, tl.load(cos + turn, mask=new, other=0.), tl.load(sin + turn, mask=new, other=0.))
+        v = tl.load(qkv + (n*WIDE + (H + KVH + kv)*HD)[:, None] + e[None, :], mask=new, other=0.)
+        ka, kb, v = ka.to(keys.dtype.element_ty), kb.to(keys.dtype.element_ty), v.to(keys.dtype.element_ty) # as they will be read later
+        to = base + (p + n)[:, None]*HD
+        tl.store(keys + to + d[None, :], ka, mask=new & (chunk == 0))
+        tl.store(keys + to + HD//2 + d[None, :], kb, mask=new & (chunk == 0))
+        tl.store(values + to + e[None, :], v, mask=new & (chunk == 0))
+        logits = _dot(b, tl.trans(kb), _dot(a, tl.trans(ka), tl.zeros((BQ, NEW), tl.float32)))
+        seen = (n[None, :] <= i[:, None]) & (n < m)[None, :]
+        acc, high, low = _online(acc, high, low, tl.where(seen, logits, float("-inf")), v)
+    for first in range(split*per, tl.minimum(split*per + per, p), BT):
+        o = first + tl.arange(0, BT)
+        old = (o < p)[:, None]
+        from_ = base + o[:, None]*HD
+        oa = tl.load(keys + from_ + d[None, :], mask=old, other=0.)
+        ob = tl.load(keys + from_ + HD//2 + d[None, :], mask=old, other=0.)
+        ov = tl.load(values + from_ + e[None, :], mask=old, other=0.)
+        dots = _dot(b, tl.trans(ob), _dot(a, tl.trans(oa), tl.zeros((BQ, BT), tl.float32)))
+        acc, high, low = _online(acc, high, low, tl.where((o < p)[None, :], dots, float("-inf")), ov)
+    out = (i*H + kv*G + g)*SPLITS + split
+    tl.store(part + out[:, None]*HD + e[None, :], acc, mask=live)
+    mine = (i < m) & (g < G)
+    tl.store(high_out + out, high, mask=mine)
+    tl.store(low_out + out, low, mask=mine)
+
+@triton.jit
+def _combine(part, high, low, to, m, splits, H: tl.constexpr, HD: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr,
+             BK: tl.constexpr, BC: tl.constexpr):
+    "One softmax from the splits: to (m, H HD), a single row laid out for `_one_row`"
+    for i in range(m):
+        for k in range(0, H*HD, BC):
+            c = k + tl.arange(0, BC)
+            head = (i*H + c//HD)*SPLITS
+            top, below = tl.load(high + head), tl.load(low + head)
+            acc = tl.load(part + head*HD + c % HD)
+            for s in range(1, splits):
+                other = tl.load(high + head + s)
+                joint = tl.maximum(top, other)
+                a, b = tl.exp2(top - joint), tl.exp2(other - joint)
+                acc = acc*a + tl.load(part + (head + s)*HD + c % HD)*b
+                below = below*a + tl.load(low + head + s)*b
+                top = joint
+            tl.store(to + i*(H*HD) + (_place(c, BITS, BK) if R == 1 else c), acc/below)
+    tl.debug_barrier()
+
+# ---------------------------------------------------------------------------------------------------------------- choosing a token
+
+@triton.jit
+def _gumbel(seed, token, place):
+    "Gumbel noise of a token at a place: Philox-4x32-10 with counter (token, place, 0, 0) and key `seed`"
+    zero = tl.zeros_like(token)
+    bits, _, _, _ = tl.philox(seed, token.to(tl.uint32), (place + zero).to(tl.uint32), zero.to(tl.uint32), zero.to(tl.uint32))
+    return -tl.log(-tl.log(((bits >> 9).to(tl.float32) + .5)*1.1920928955078125e-07)) # 23 bits, never 0 or 1
+
+@triton.jit
+def _pick(best, best_id, row, programs, ROWS: tl.constexpr, BP: tl.constexpr, V: tl.constexpr):
+    "The best of what all programs found; the lowest token wins ties"
+    p = tl.arange(0, BP)
+    x = tl.load(best + p*ROWS + row, mask=p < programs, other=float("-inf"))
+    token = tl.load(best_id + p*ROWS + row, mask=p < programs, other=_NONE)
+    return tl.minimum(tl.min(tl.where(x == tl.max(x, 0), token, _NONE), 0), V - 1)  # NaN logits: some token, no wild read
+
+# --------------------------------------------------------------------------------------------------------------------- the kernel
+
+@triton.jit(do_not_specialize=["pos", "n", "m", "lo", "hi", "seed", "one"])
+def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, sd, n1, n2, nf, head, shead, cos, sin,
+                   keys, values, h, qkv, part, high, low, own, act, best, best_id, picked, barrier,
+                   pos, n, m, lo, hi, eps, scale, inverse_temperature, seed, one,
+                   L: tl.constexpr, D: tl.constexpr, H: tl.constexpr, KVH: tl.constexpr, HD: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
+                   T: tl.constexpr, BIAS: tl.constexpr, QK_NORM: tl.constexpr, SAMPLE: tl.constexpr, BITS: tl.constexpr, HEAD_BITS: tl.constexpr,
+                   R: tl.constexpr, ROWS: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr, BN_QKV: tl.constexpr, BN_O: tl.constexpr, BN_GU: tl.constexpr,
+                   BN_D: tl.constexpr, BN_HEAD: tl.constexpr, BK_QKV: tl.constexpr, BK_O: tl.constexpr, BK_GU: tl.constexpr, BK_D: tl.constexpr,
+                   BK_HEAD: tl.constexpr, S_QKV: tl.constexpr, S_O: tl.constexpr, S_GU: tl.constexpr, S_D: tl.constexpr, S_HEAD: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr,
+                   CHUNKS: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr):
+    "Stages lo..hi of n tokens fed one after the other (R = 1), or of m rows fed at once (R = ROWS, n = 1)"
+    programs = tl.num_programs(0)
+    pid = tl.program_id(0)
+    if REVERSE: pid = programs - 1 - pid
+    NQ: tl.constexpr = (H + 2*KVH)*HD
+    A: tl.constexpr = H*HD
+    WD: tl.constexpr = D if BITS >= 16 else D*BITS//32                            # elements a row of each matrix
+    WA: tl.constexpr = A if BITS >= 16 else A*BITS//32
+    WF: tl.constexpr = F if BITS >= 16 else F*BITS//32
+    HALF: tl.constexpr = BN_GU//2
+    i = tl.arange(0, R)
+    live = (i < m)[None, :]
+    mine = own + pid*OWN                                                          # a private copy of the embedding's row, and then of activations
+    x = mine + D
+    sums = x + max(2*D, ROWS*A)
+    for s in range(lo, hi):
+        t = s//(5*L + 1)
+        u = s - t*(5*L + 1)
+        l = u//5
+        stage = u - l*5
+        p = pos + t
+        if u == 5*L:                                                              # ------------------------------------------- head
+            if R == 1:
+                _norm(h, nf, x, D, eps, HEAD_BITS, BK_HEAD, BE)
+                _sum_blocks(x, sums, D, HEAD_BITS)
+            top, top_id = tl.full((BN_HEAD, R), float("-inf"), tl.float32), tl.full((BN_HEAD, R), _NONE, tl.int32)
+            for tile in range(pid, tl.cdiv(V, BN_HEAD), programs):
+                _ahead(head, (tile + programs)*BN_HEAD, V, D, HEAD_BITS, BN_HEAD, AHEAD)
+                r = tile*BN_HEAD + tl.arange(0, BN_HEAD)
+                y = _product(head, shead, x if R == 1 else h, sums, nf, tl.minimum(r, V - 1), m, one, D, eps, True, HEAD_BITS, R, BN_HEAD, BK_HEAD, S_HEAD)
+                if SAMPLE: y = y*inverse_temperature + _gumbel(seed, r[:, None] + 0*i[None, :], p + i[None, :])
+                better = (y > top) & (r < V)[:, None]
+                top, top_id = tl.where(better, y, top), tl.where(better, r[:, None], top_id)
+            most = tl.max(top, 0)
+            tl.store(best + pid*ROWS + i, most)
+            tl.store(best_id + pid*ROWS + i, tl.min(tl.where(top == most[None, :], top_id, _NONE), 0))
+        elif stage == 0:                                                          # ------------------------------------------- norm, QKV
+            if l == 0:
+                if R == 1:
+                    if t == 0: token = tl.load(tokens + p)
+                    else:
+                        token = _pick(best, best_id, 0, programs, ROWS, BP, V)
+                        if pid == 0: tl.store(tokens + p, token)
+                    for k in range(0, D, BE):                                     # everyone a copy: saves a barrier
+                        c = k + tl.arange(0, BE)
+                        tl.store(mine + c, tl.load(emb + token.to(tl.int64)*D + c).to(tl.float32))
+                    tl.debug_barrier()
+                elif (t > 0) & (pid == 0):
+                    for row in range(m): tl.store(picked + row, _pick(best, best_id, row, programs, ROWS, BP, V))
+            if t < n:
+                if R == 1:
+                    before = h
+                    if l == 0: before = mine
+                    _norm(before, n1 + l*D, x, D, eps, BITS, BK_QKV, BE)
+                    _sum_blocks(x, sums, D, BITS)
+                w = wqkv + l.to(tl.int64)*(NQ*WD)
+                for tile in range(pid, tl.cdiv(NQ, BN_QKV), programs):
+                    _ahead(w, (tile + programs)*BN_QKV, NQ, D, BITS, BN_QKV, AHEAD)
+                    r = tile*BN_QKV + tl.arange(0, BN_QKV)
+                    y = _product(w, sqkv + l.to(tl.int64)*(NQ if BITS == 8 else NQ*(D//128)), x if R == 1 else h, sums, n1 + l*D, tl.minimum(r, NQ - 1), m, one, D, eps, True,
+                                 BITS, R, BN_QKV, BK_QKV, S_QKV)
+                    if BIAS: y += tl.load(bqkv + l*NQ + r, mask=r < NQ, other=0.).to(tl.float32)[:, None]
+                    tl.store(qkv + i[None, :]*NQ + r[:, None], y, mask=(r < NQ)[:, None] & live)
+        elif stage == 1:                                                          # ------------------------------------------- attention
+            per = tl.maximum(tl.cdiv(tl.cdiv(p, SPLITS), BT), 1)*BT
+            splits = tl.maximum(tl.cdiv(p, per), 1)
+            for unit in range(pid, KVH*splits*CHUNKS, programs):
+                _attend(qkv, qn, kn, keys, values, cos, sin, part, high, low, l, unit//CHUNKS//splits, unit//CHUNKS % splits, unit % CHUNKS, per, p, m, eps, scale,
+                        H, KVH, HD, T, SPLITS, QK_NORM, BG, BT)
+        elif stage == 2:                                                          # ------------------------------------------- output
+            per = tl.maximum(tl.cdiv(tl.cdiv(p, SPLITS), BT), 1)*BT
+            _combine(part, high, low, x, m, tl.maximum(tl.cdiv(p, per), 1), H, HD, SPLITS, R, BITS, BK_O, BC)
+            if R == 1: _sum_blocks(x, sums, A, BITS)
+            w = wo + l.to(tl.int64)*(D*WA)
+            for tile in range(pid, tl.cdiv(D, BN_O), programs):
+                _ahead(w, (tile + programs)*BN_O, D, A, BITS, BN_O, AHEAD)
+                r = tile*BN_O + tl.arange(0, BN_O)
+                y = _product(w, so + l.to(tl.int64)*(D if BITS == 8 else D*(A//128)), x, sums, n1, tl.minimum(r, D - 1), m, one, A, eps, False, BITS, R,
+                             BN_O, BK_O, S_O)
+                ok = (r < D)[:, None] & live
+                if R == 1:
+                    stream = h
+                    if l == 0: stream = mine
+                    y += tl.load(stream + i[None, :]*D + r[:, None], mask=ok, other=0.)
+                else: y += tl.load(h + i[None, :]*D + r[:, None], mask=ok, other=0.)
+                tl.store(h + i[None, :]*D + r[:, None], y, mask=ok)
+        elif stage == 3:                                                          # ------------------------------------------- norm, gate, up
+            if R == 1:
+                _norm(h, n2 + l*D, x, D, eps, BITS, BK_GU, BE)
+                _sum_blocks(x, sums, D, BITS)
+            w = wgu + l.to(tl.int64)*(2*F*WD)
+            for tile in range(pid, tl.cdiv(F, HALF), programs):
+                _ahead(w, (tile + programs)*HALF, F, D, BITS, HALF, AHEAD)
+                _ahead(w + F*WD, (tile + programs)*HALF, F, D, BITS, HALF, AHEAD)
+                j = tl.arange(0, BN_GU)                                           # gate and up take turns
+                y = _product(w, sgu + l.to(tl.int64)*(2*F if BITS == 8 else 2*F*(D//128)), x if R == 1 else h, sums, n2 + l*D, tl.minimum(tile*HALF + j//2, F - 1) + (j % 2)*F,
+                             m, one, D, eps, True, BITS, R, BN_GU, BK_GU, S_GU)
+                gate, up = tl.split(tl.permute(tl.reshape(y, (HALF, 2, R)), (0, 2, 1)))
+                r = tile*HALF + tl.arange(0, HALF)
+                to = _place(r, BITS, BK_D) if R == 1 else r
+                tl.store(act + i[None, :]*F + to[:, None], gate*tl.sigmoid(gate)*up, mask=(r < F)[:, None] & live)
+        else:                                                                     # ------------------------------------------- down
+            if R == 1: _sum_blocks(act, sums, F, BITS)
+            w = wd + l.to(tl.int64)*(D*WF)
+            for tile in range(pid, tl.cdiv(D, BN_D), programs):
+                _ahead(w, (tile + programs)*BN_D, D, F, BITS, BN_D, AHEAD)
+                r = tile*BN_D + tl.arange(0, BN_D)
+                y = _product(w, sd + l.to(tl.int64)*(D if BITS == 8 else D*(F//128)), act, sums, n1, tl.minimum(r, D - 1), m, one, F, eps, False, BITS, R, BN_D, BK_D, S_D)
+                ok = (r < D)[:, None] & live
+                tl.store(h + i[None, :]*D + r[:, None], y + tl.load(h + i[None, :]*D + r[:, None], mask=ok, other=0.), mask=ok)
+        if s + 1 < hi:
+            arrival = grid_arrive(barrier)
+            if AHEAD:                                                             # the first tile of the next matrix that is not yet on its way
+                k = l.to(tl.int64)
+                if u == 5*L: _ahead(wqkv, pid*BN_QKV, NQ, D, BITS, BN_QKV, AHEAD)
+                elif stage == 0: _ahead(wo + k*(D*WA), pid*BN_O, D, A, BITS, BN_O, AHEAD)
+                elif stage == 1:
+                    _ahead(wgu + k*(2*F*WD), pid*HALF, F, D, BITS, HALF, AHEAD)
+                    _ahead(wgu + k*(2*F*WD) + F*WD, pid*HALF, F, D, BITS, HALF, AHEAD)
+                elif stage == 2: _ahead(wd + k*(D*WF), pid*BN_D, D, F, BITS, BN_D, AHEAD)
+                elif stage == 3:
+                    if l + 1 < L: _ahead(wqkv + (k + 1)*(NQ*WD), pid*BN_QKV, NQ, D, BITS, BN_QKV, AHEAD)
+                    else: _ahead(head, pid*BN_HEAD, V, D, HEAD_BITS, BN_HEAD, AHEAD)
+            grid_wait(barrier, arrival)
+
+# ---------------------------------------------------------------------------------------------------------------------- the launch
+
+NOMINAL = 132 if not interpreted(_decode_kernel) else 4 # multiprocessors that tiles are cut for (an H100 or H200), on every GPU: no sum depends on the grid
+TILE = 160 << 10 # bytes of a matrix that a program works on at a time: for all, twice 20 of an H200's 50 MiB of L2
+KINDS = {"int8": 8, "int4-g128": 4} # bits a weight
+WARPS = 8 # a program: one program fills a multiprocessor
+
+def _own(s: Shape) -> int: # numbers that a program keeps to itself: a row of the embedding, activations, their sums
+    A = s.heads*s.head_dim
+    return triton.cdiv(s.hidden + max(2*s.hidden, ROWS*A) + triton.cdiv(max(s.hidden, A, s.ffn), 128), 32)*32
+
+def _divisor(n: int, most: int) -> int: # the largest power of two that divides n, at most `most`
+    return min(n & -n, most)
+
+def _tile(N: int, words: int) -> int: # rows; of 32-bit words
+    """Rows a tile: what keeps a full grid busiest, where the sum over threads at a tile's end costs about as much as a row; the larger of equals. Not so few that a
+    thread has no four words to read, nor so many that two tiles a program, the one at work and the one prefetched, crowd the L2 cache"""
+    least, most = min(16, max(4, triton.next_power_of_2(triton.cdiv(1024, words)))), max(4, TILE//(4*words))
+    return min((b for b in (16, 8, 4) if least <= b <= max(most, least)), key=lambda b: (triton.cdiv(triton.cdiv(N, b), NOMINAL)*(b + 1), -b))
+
+def _columns(K: int, bits: int, rows: int, tile: int) -> tuple[int, int]: # words (numbers for `_rows`) a step along a row; slices of `_rows`
+    if rows > 1: return (128*bits//32, 8) if bits < 16 else (_divisor(K, 32), 8)
+    most, words = 4096//tile, K*bits//32
+    if (even := _divisor(words, most))*tile >= 1024: return even, 1
+    return min(most, triton.next_power_of_2(words)), 1                            # the last step is masked
+
+def _bits(w: torch.Tensor | Quantised) -> int:
+    return KINDS[w.kind] if isinstance(w, Quantised) else 8*w.element_size()
+
+@lru_cache(maxsize=64)
+def _constants(shape: Shape, bits: int, head_bits: int, rows: int, splits: int, programs: int, *, sample: bool = False, ahead: bool = False, reverse: bool = False) -> dict:
+    "What the kernel is compiled with. Not to be changed"
+    s = shape
+    A, R = s.heads*s.head_dim, 1 if rows == 1 else ROWS
+    sizes = dict(QKV=((s.heads + 2*s.kv_heads)*s.head_dim, s.hidden, bits), O=(s.hidden, A, bits), GU=(2*s.ffn, s.hidden, bits), D=(s.hidden, s.ffn, bits),
+                 HEAD=(s.vocab, s.hidden, head_bits))
+    tiles = {}
+    for name, (N, K, b) in sizes.items():
+        tiles[f"BN_{name}"] = tile = _tile(N, K*b//32) if R == 1 else 16
+        tiles[f"BK_{name}"], tiles[f"S_{name}"] = _columns(K, b, R, tile)
+    group = triton.next_power_of_2(s.heads//s.kv_heads)
+    return dict(L=s.layers, D=s.hidden, H=s.heads, KVH=s.kv_heads, HD=s.head_dim, F=s.ffn, V=s.vocab, T=s.max_len, BIAS=s.qkv_bias, QK_NORM=s.qk_norm,
+                SAMPLE=sample, BITS=bits, HEAD_BITS=head_bits, R=R, ROWS=ROWS, OWN=_own(s), SPLITS=splits, BC=_divisor(A, 1024), BE=_divisor(s.hidden, 1024),
+                CHUNKS=max(1, R*group//16), BG=group, BT=min(max(triton.next_power_of_2(s.max_len)//64, 16), 64), BP=max(2, triton.next_power_of_2(programs)),
+                AHEAD=ahead, REVERSE=reverse) | tiles
+
+def allocate(shape: Shape, # of the model
+             *, device: torch.device | str = "cpu", # where
+             dtype: torch.dtype = torch.float32, # of the cache
+             programs: int | None = None, # most programs that a launch will have; None is one a multiprocessor, 8 on a CPU
+             splits: int = 16, # most parts that a head's cache is cut into
+            ) -> Buffers: # uninitialised, but for the barrier
+    "Buffers for one sequence."
+    s, device = shape, torch.device(device)
+    if programs is None: programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    new = lambda *size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=device)
+    cache = (s.layers, s.kv_heads, s.max_len, s.head_dim)
+    return Buffers(keys=new(*cache, dtype=dtype), values=new(*cache, dtype=dtype), h=new(ROWS, s.hidden), qkv=new(ROWS, (s.heads + 2*s.kv_heads)*s.head_dim),
+                   part=new(ROWS, s.heads, splits, s.head_dim), high=new(ROWS, s.heads, splits), low=new(ROWS, s.heads, splits),
+                   own=new(programs, _own(s)), act=new(ROWS, s.ffn), best=new(programs, ROWS),
+                   best_id=new(programs, ROWS, dtype=torch.int32), picked=new(ROWS, dtype=torch.int32), barrier=torch.zeros(1, dtype=torch.int32, device=device))
+
+def _matrices(weights: Weights) -> dict: # name -> tensor or Quantised
+    return {name: getattr(weights, name) for name in ("wqkv", "wo", "wgu", "wd", "head")}
+
+def why_not(shape: Shape, # of the model
+            weights: Weights,
+           ) -> str: # "" where the kernel takes them
+    "Why the kernel does not take this model, or cannot run where its weights lie"
+    s, body = shape, [w for name, w in _matrices(weights).items() if name != "head"]
+    if reason := why_not_here(_decode_kernel, weights.emb): return reason
+    if s.heads % s.kv_heads or s.heads//s.kv_heads > 16: return f"1 to 16 query heads a key head wanted, got {s.heads} and {s.kv_heads}"
+    least = 16 if interpreted(_decode_kernel) else 32                             # a tensor core takes 16 numbers of half a head
+    if s.head_dim & (s.head_dim - 1) or not least <= s.head_dim <= 256: return f"the head dim must be a power of two from {least} to 256, got {s.head_dim}"
+    if len({_bits(w) for w in body}) > 1 or len({isinstance(w, Quantised) for w in body}) > 1: return "the matrices of the layers must all be of one kind"
+    for name, w in _matrices(weights).items():
+        N, K = _sizes(s)[name]
+        step = 128 if isinstance(w, Quantised) else 16
+        if K % step: return f"{name}: rows of a multiple of {step} numbers wanted, got {K}"
+        if isinstance(w, Quantised) and w.kind not in KINDS: return f"{name}: kind must be one of {', '.join(KINDS)}, got {w.kind!r}"
+    return ""
+
+def _sizes(s: Shape) -> dict: # name -> (rows, columns)
+    A = s.heads*s.head_dim
+    return dict(wqkv=(A + 2*s.kv_heads*s.head_dim, s.hidden), wo=(s.hidden, A), wgu=(2*s.ffn, s.hidden), wd=(s.hidden, s.ffn), head=(s.vocab, s.hidden))
+
+def _check(s: Shape, weights: Weights) -> None:
+    "Shapes of all that is read. Raises `ValueError` that names what does not fit"
+    L, NQ = s.layers, (s.heads + 2*s.kv_heads)*s.head_dim
+    wanted = dict(emb=(s.vocab, s.hidden), n1=(L, s.hidden), n2=(L, s.hidden), nf=(s.hidden,), cos=(s.max_len, s.head_dim//2), sin=(s.max_len, s.head_dim//2))
+    wanted |= dict(bqkv=(L, NQ)) if s.qkv_bias else {}
+    wanted |= dict(qn=(L, s.head_dim), kn=(L, s.head_dim)) if s.qk_norm else {}
+    for name, w in _matrices(weights).items():
+        N, K = _sizes(s)[name]
+        lead = () if name == "head" else (L,)
+        if not isinstance(w, Quantised): wanted[name] = (*lead, N, K); continue
+        packed, scales = (*lead, N, K*KINDS[w.kind]//32), (*lead, N) if w.kind == "int8" else (*lead, N, K//128)
+        if w.packed.shape != packed or w.packed.dtype != torch.int32: raise ValueError(f"{name}.packed must be int32 {packed}, got {w.packed.dtype} {tuple(w.packed.shape)}")
+        if w.scales.shape != scales: raise ValueError(f"{name}.scales must be {scales}, got {tuple(w.scales.shape)}")
+    for name, size in wanted.items():
+        x = getattr(weights, name)
+        if x is None or tuple(x.shape) != size: raise ValueError(f"{name} must be {size}, got {None if x is None else tuple(x.shape)}")
+    for name, x in weights._asdict().items():
+        for y in (x[:2] if isinstance(x, Quantised) else (x,)):
+            if y is not None and not y.is_contiguous(): raise ValueError(f"{name} must be contiguous")
+
+def _split(w: torch.Tensor | Quantised) -> tuple[torch.Tensor, torch.Tensor]: # the matrix, its scales (any tensor where there are none)
+    return (w.packed, w.scales) if isinstance(w, Quantised) else (w, w)
+
+def decode(shape: Shape, # of the model
+           weights: Weights,
+           buffers: Buffers,
+           tokens: torch.Tensor, # (max_len + 1,) int32: tokens[pos] is fed; successors are written behind it
+           pos: int, # place of the first token fed; the cache holds all places before it
+           n: int = 1, # tokens to feed one after the other, each but the first being what was picked
+           *, rows: int = 1, # tokens fed at once, tokens[pos:pos + rows], in one pass over the weights; with rows > 1, n is 1
+           head: bool = True, # False leaves out the head and picks nothing (prompts); with n = 1
+           programs: int | None = None, # of the launch; None is as many as `buffers` allow (1 where the interpreter runs a persistent launch)
+           stages: tuple[int, int] | None = None, # run these stages only, of n(5L + 1) + 1, or 5L without the head, in one launch; with the same `programs` throughout a token
+           reverse: bool = False, # the last program does the first's work: a test of hidden dependences
+           sampler: Sampler | None = None, # None is greedy, the lowest index winning ties
+           backend: str = "auto", # "persistent": one launch; "staged": a launch a stage, no barrier; "auto": persistent on a GPU, else staged
+          ) -> torch.Tensor: # int32 successors: (n,) written to `tokens` too, or (rows,) if rows > 1
+    """Run `n` tokens, or `rows` at once, through the whole decoder. Nothing is copied to the host. Raises `ValueError` if shapes do not fit, or
+    if the cache would overflow."""
+    if backend not in ("auto", "persistent", "staged"): raise ValueError(f"backend must be auto, persistent or staged, got {backend!r}")
+    if reason := why_not(shape, weights): raise ValueError(reason)
+    _check(shape, weights)
+    if not 1 <= rows <= ROWS or n < 1 or (n > 1 and rows > 1) or (n > 1 and not head):
+        raise ValueError(f"n tokens in turn, or up to {ROWS} rows at once, with or without the head, wanted; got n = {n}, rows = {rows}, head = {head}")
+    if pos < 0 or pos + n*rows > shape.max_len: raise ValueError(f"places {pos} to {pos + n*rows - 1} do not fit a cache of {shape.max_len}")
+    if tokens.shape != (shape.max_len + 1,) or tokens.dtype != torch.int32: raise ValueError(f"tokens must be int32 ({shape.max_len + 1},), got {tokens.dtype} {tuple(tokens.shape)}")
+    if sampler is not None and not sampler.temperature > 0: raise ValueError(f"the temperature must be positive, got {sampler.temperature}; greedy is sampler=None")
+    if backend == "auto": backend = "persistent" if weights.emb.is_cuda else "staged"
+    every = (0, n*(5*shape.layers + 1) + 1 if head else 5*shape.layers)
+    first, last = stages or every
+    if not 0 <= first < last <= every[1]: raise ValueError(f"stages must lie in {every}, got {stages}")
+    most = len(buffers.best)
+    alone = interpreted(_decode_kernel) and sequential() and backend == "persistent" and last - first > 1
+    programs = (1 if alone else most) if programs is None else programs
+    if not 1 <= programs <= most: raise ValueError(f"the buffers allow 1 to {most} programs, got {programs}")
+    if alone and programs > 1: raise ValueError("the interpreter runs programs one after the other: with more than one, a launch of several stages would wait for ever")
+    if rows > 1 and first == 0: buffers.h[:rows] = weights.emb.index_select(0, tokens[pos:pos + rows])
+    launches = [(first, last)] if stages or backend == "persistent" else [(k, k + 1) for k in range(first, last)]
+    for span in launches: _launch(shape, weights, buffers, tokens, pos, n, rows, programs, span, reverse, sampler)
+    return buffers.picked[:rows] if rows > 1 else tokens[pos + 1:pos + 1 + n]
+
+def _launch(shape: Shape, weights: Weights, buffers: Buffers, tokens: torch.Tensor, pos: int, n: int, rows: int, programs: int, span: tuple[int, int],
+            reverse: bool, sampler: Sampler | None) -> None:
+    "One launch of a range of stages"
+    w, b, cuda = weights, buffers, weights.emb.is_cuda
+    constants = _constants(shape, _bits(w.wqkv), _bits(w.head), rows, b.part.shape[2], len(b.best), sample=sampler is not None,
+                           ahead=cuda and torch.cuda.get_device_capability(w.emb.device) >= (9, 0), reverse=reverse)
+    sampler = sampler or Sampler()
+    none = w.emb                                                                  # stands for what is not there
+    (wqkv, sqkv), (wo, so), (wgu, sgu), (wd, sd), (head, shead) = map(_split, _matrices(w).values())
+    given = lambda x: none if x is None else x
+    with torch.cuda.device_of(w.emb):
+        _decode_kernel[programs,](tokens, w.emb, wqkv, sqkv, given(w.bqkv), given(w.qn), given(w.kn), wo, so, wgu, sgu, wd, sd, w.n1, w.n2, w.nf, head, shead,
+                                  w.cos, w.sin, b.keys, b.values, b.h, b.qkv, b.part, b.high, b.low, b.own, b.act, b.best, b.best_id, b.picked, b.barrier,
+                                  pos, n, rows, *span, shape.eps, (shape.scale or shape.head_dim**-.5)*1.4426950408889634, 1/sampler.temperature, sampler.seed, 0x3F800000,
+                                  **constants, num_warps=WARPS, num_stages=2, launch_cooperative_grid=span[1] - span[0] > 1)
+
+def gumbel(seed: int, # of the sampler
+           place: int, # where the token was fed whose successor is drawn
+           vocab: int, # how many tokens
+          ) -> np.ndarray: # (vocab,) fp32
+    "The noise that the kernel adds to logits divided by the temperature: Philox-4x32-10, counter (token, place, 0, 0), key `seed`"
+    c = [np.arange(vocab, dtype=np.uint64), np.full(vocab, place, np.uint64), np.zeros(vocab, np.uint64), np.zeros(vocab, np.uint64)]
+    key, low = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF], np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        a, b = c[0]*np.uint64(0xD2511F53), c[2]*np.uint64(0xCD9E8D57)
+        c = [(b >> np.uint64(32)) ^ c[1] ^ np.uint64(key[0]), b & low, (a >> np.uint64(32)) ^ c[3] ^ np.uint64(key[1]), a & low]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    u = ((c[0] >> np.uint64(9)).astype(np.float32) + np.float32(.5))*np.float32(2**-23)
+    return -np.log(-np.log(u))
+
+# ------------------------------------------------------------------------------------------------ ahead-of-time compilation
+
+#: real shapes: 1B and 8B of Llama 3, 1.5B of Qwen 2.5
+MODELS = {"1B": Shape(16, 2048, 32, 8, 64, 8192, 128256, 8192), "1.5B": Shape(28, 1536, 12, 2, 128, 8960, 151936, 8192, qkv_bias=True),
+          "8B": Shape(32, 4096, 32, 8, 128, 14336, 128256, 8192)}
+
+def aot_cases(models: tuple[str, ...] = ("1B", "1.5B", "8B"), # of `MODELS`
+              kinds: tuple[str, ...] = ("bf16",), # "bf16", "int8", "int4-g128" (with an int8 head)
+              rows: tuple[int, ...] = (1,), # 1, or more for the form that verifies and reads prompts
+              sm: int = 90, # compute capability times ten
+             ) -> list: # of `aot.Case`: the kernel as it is launched
+    "What `rlcr_suite.kernels.aot` compiles"
+    from .aot import Case
+    found = []
+    for model in models:
+        for kind in kinds:
+            for r in rows:
+                bits, head_bits = {"bf16": (16, 16), "int8": (8, 8), "int4-g128": (4, 8)}[kind]
+                constants = _constants(MODELS[model], bits, head_bits, r, 16, NOMINAL, ahead=sm >= 90)
+                types = dict.fromkeys(("tokens", "best_id", "picked", "barrier"), "*i32") | dict.fromkeys(("emb", "bqkv", "qn", "kn", "n1", "n2", "nf", "keys", "values"), "*bf16")
+                types |= dict.fromkeys(("wqkv", "wo", "wgu", "wd"), "*bf16" if bits == 16 else "*i32") | dict(head="*bf16" if head_bits == 16 else "*i32")
+                types |= dict.fromkeys(("sqkv", "so", "sgu", "sd"), "*fp16" if bits == 4 else "*fp32") | dict(shead="*fp32")
+                types |= dict.fromkeys(("pos", "n", "m", "lo", "hi", "seed", "one"), "i32") | dict.fromkeys(("eps", "scale", "inverse_temperature"), "fp32")
+                found.append(Case(f"{model} {kind}" + f" {r} rows"*(r > 1), _decode_kernel, {a: types.get(a, "*fp32") for a in _decode_kernel.arg_names if a not in constants},
+                                  constants, WARPS, 2, options=dict(launch_cooperative_grid=True)))
+    return found

@@ -27,7 +27,7 @@ def no_network():
         yield
 
 # files of a minute and more, longest first: started last, one of them would keep one process busy while the others have nothing left to do
-SLOW = ('test_site', 'test_cli', 'test_kernels_path', 'test_kernels_log_linear', 'test_kernels_path_code', 'test_kernels_log_linear_code', 'test_project', 'test_duality_distributed',
+SLOW = ('test_site', 'test_cli', 'test_kernels_path', 'test_kernels_log_linear', 'test_kernels_flashformer', 'test_kernels_path_code', 'test_kernels_log_linear_code', 'test_flashformer', 'test_kernels_flashformer_code', 'test_project', 'test_duality_results', 'test_duality_distributed',
         'test_core_chat', 'test_rlcr_train')
 
 def pytest_collection_modifyitems(items):

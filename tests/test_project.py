@@ -71,6 +71,7 @@ def test_stored_outputs(path):
             said = ''.join(out.get('text', ''))
             assert out['output_type'] != 'error' and 'Traceback (most recent call last)' not in said, f'cell {i} failed when it ran'
             assert out.get('name') != 'stderr', f'cell {i} shows a warning or a log: {said[:200]}'
+            assert not re.search(r'\d%\|', ''.join(out.get('data', {}).get('text/plain', ''))), f'cell {i} keeps a progress bar'
 
 @each_notebook
 def test_a_notebook_opens_with_its_title(path):

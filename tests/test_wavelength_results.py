@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from rlcr_suite.core import jobs as core
 from rlcr_suite.core import trials
+from rlcr_suite.core.stats import bootstrap, seed_bootstrap
 from rlcr_suite.core.trials import Evidence, read_evidence, write_evidence
 from rlcr_suite.wavelength import experiment as ex
 from rlcr_suite.wavelength import results as res
@@ -18,7 +19,7 @@ SCALES = 45
 
 def made_up(scale='quick', sizes=tuple(ERROR), runs=3, noise=.2, listen={}, speak={}, unknown=.3, mean={}):
     """Evidence with known means: `listen` and `speak` change what is added to ERROR and DIRECT by (size, depth or draws, alpha), or by (size, 'sample'); `mean` the spread of a listener around people's means"""
-    rng, test, rows = np.random.default_rng(0), res.test_items(), []
+    rng, test, rows = np.random.default_rng(0), res.test_items(3), []
     hard, target, people = rng.normal(size=len(test)), np.array([i.target for i in test]), np.array([np.mean(i.guesses) for i in test])
     for size in sizes:
         for seed in range(1 if size == 'people' else runs):
@@ -35,6 +36,12 @@ def made_up(scale='quick', sizes=tuple(ERROR), runs=3, noise=.2, listen={}, spea
     curves = pd.DataFrame(dict(size='small', seed=0, step=[25], loss=[2.]))
     about = dict(scale=scale, plan=ex.SCALES[scale].plan, seconds=1., trials={}, hardware='h', versions={'python': '3'}, commit='abcdef0', date='2026-01-01')
     return Evidence(pd.concat(rows, ignore_index=True), curves, about)
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    "The interval of a made-up difference need not be known to three digits"
+    monkeypatch.setattr(res, 'seed_bootstrap', lambda *a, n_boot=None, **k: seed_bootstrap(*a, n_boot=150, **k))
+    monkeypatch.setattr(res, 'bootstrap', lambda *a, **k: bootstrap(*a, n_boot=300, **k))
 
 CHEAP = [c for c in res.CLAIMS if c.kind not in ('theorem',)]
 
@@ -65,7 +72,7 @@ def test_runs_that_differ_widen_the_interval():
     quiet, loud = (res.listening(made_up(noise=n), 'large', ('small', {})) for n in (.01, 4.))
     assert quiet.value == pytest.approx(-3.2, abs=.1) and quiet.high - quiet.low < .3 < loud.high - loud.low and quiet.seeds == 3
     alone = res.listening(made_up(), 'people', ('people', {}), depth=1)           # one arm that has no runs: over items alone
-    assert alone.value == pytest.approx(-.5) and alone.n == len(res.test_items()) and alone.seeds is None
+    assert alone.value == pytest.approx(-.5) and alone.n == len(res.test_items(3)) and alone.seeds is None
     with pytest.raises(ValueError, match='no comprehension of large with depth 7'): res.arm(made_up(), 'comprehension', 'large', depth=7)
 
 def test_what_is_computed_holds():

@@ -126,18 +126,18 @@ def play(comprehends:Listener, # a literal listener
     spoken = production(drawn, weighs, Judge(population), SPEAKING).rename(columns=dict(scale='unit')).assign(task='production', way='rsa')
     return pd.concat([heard, spoken], ignore_index=True)
 
-# %% ../../nbs/12_wavelength/09_experiment.ipynb #ab7607f3
+# %% ../../nbs/12_wavelength/09_experiment.ipynb #058867c0
 @dataclass(frozen=True)
 class Amount:
     "How much is run"
     sizes: tuple[str, ...] # keys of `SIZES`
     seeds: tuple[int, ...] # runs of each
-    plan: dict # scales, steps, batch, draws, samples
+    plan: dict # scales, items on each, steps, batch, draws, samples
 
-def _plan(steps:int, batch:int=64, scales:int|None=None, draws:int=DRAWS, samples:int=32)->dict:
-    return dict(steps=steps, batch=batch, scales=scales, draws=draws, samples=samples)
+def _plan(steps:int, batch:int=64, scales:int|None=None, each:int=3, draws:int=DRAWS, samples:int=32)->dict:
+    return dict(steps=steps, batch=batch, scales=scales, each=each, draws=draws, samples=samples)
 
-SCALES = {'quick': Amount(tuple(SIZES), (0, 1, 2), _plan(1200)), 'full': Amount(tuple(SIZES), (0, 1, 2, 3, 4), _plan(3000)), 'test': Amount(('small',), (0,), _plan(6, 16, scales=2, draws=4, samples=2))}
+SCALES = {'quick': Amount(tuple(SIZES), (0, 1, 2), _plan(1200)), 'full': Amount(tuple(SIZES), (0, 1, 2, 3), _plan(2400, each=9)), 'test': Amount(('small',), (0,), _plan(6, 16, scales=2, draws=4, samples=2))}
 
 @dataclass(frozen=True)
 class Trial(core.Job):
@@ -163,7 +163,7 @@ class Trial(core.Job):
     def work(self)->None:
         "Teach, play, write"
         world = Population(entries=lexicon()[:self.plan['scales']])
-        table, about = (_people if self.size == 'people' else _model)(self, world, items(world))
+        table, about = (_people if self.size == 'people' else _model)(self, world, items(world, self.plan['each']))
         for c in ('task', 'way'): table[c] = table[c].astype('category')
         atomic_write(self.dir/'about.json', json.dumps(about))
         core.write_table(table.assign(size=self.size, seed=self.seed), self.dir/'scores.parquet')
@@ -194,9 +194,13 @@ def _teach(t:Trial, world:Population)->None:
     "Train, or go on, and leave a checkpoint that can be played with: folder taught"
     from rlcr_suite.core.lm import save
     from rlcr_suite.core.sft import sft, tokenize
-    tok = tokenizer(world)
+    tok, rows = tokenizer(world), lessons(world)
+    said = [(p[0]['content'], c[0]['content']) for p, c in zip(rows['prompt'], rows['completion'])]
+    first = {x: i for i, x in reversed(list(enumerate(said)))} # people often say the same: each row is tokenized once
+    at = {x: k for k, x in enumerate(first)}
+    once = tokenize(rows.select(list(first.values())), tok)
     model = pupil(t.size, tok, t.seed)
-    sft(model, tok, tokenize(lessons(world), tok), t.dir/'model', steps=t.plan['steps'], batch=t.plan['batch'], lr=SIZES[t.size]['lr'], seed=t.seed, save_steps=400, logging_steps=min(25, t.plan['steps']))
+    sft(model, tok, once.select([at[x] for x in said]).flatten_indices(), t.dir/'model', steps=t.plan['steps'], batch=t.plan['batch'], lr=SIZES[t.size]['lr'], seed=t.seed, save_steps=400, logging_steps=min(25, t.plan['steps']))
     save(model, tok, t.dir/'taught')
 
 def _shown(listener:Listener, world:Population)->list[list[float]]: # (U, 21)

@@ -104,12 +104,13 @@ def layers(meaning: Tensor | Sequence[Sequence[float]], # (..., U, S) degrees of
         L.append(listener(S[-1], prior))
     return Layers(L, S)
 
-# %% ../../nbs/00_core/13_rsa.ipynb #57b0e38d
+# %% ../../nbs/00_core/13_rsa.ipynb #3ee72f34
 def heatmaps(tables: Mapping[str, Tensor], # title -> (U, S) logarithms of probabilities
              utterances: Sequence[str], # labels of the rows
              states: Sequence[str], # labels of the columns; an empty text leaves a tick out
              numbers: bool = True, # print the probability in each cell
              size: tuple[float, float] = (1.9, 1.7), # of one table, in inches
+             top: float = 1., # probability that is fully opaque; whatever is above is, too
             ) -> 'Figure':
     "Layers side by side on one scale: the more opaque, the likelier. Raises `ValueError` where labels do not fit."
     import matplotlib.pyplot as plt
@@ -119,11 +120,11 @@ def heatmaps(tables: Mapping[str, Tensor], # title -> (U, S) logarithms of proba
     for ax, (title, t) in zip(axes[0], tables.items()):
         p = t.detach().exp().cpu().double().numpy()
         if p.shape != (len(utterances), len(states)): raise ValueError(f'{title}: {len(utterances)} utterances and {len(states)} states do not fit a table of shape {p.shape}')
-        ax.imshow([[(*to_rgb(COLORS['blue']), v) for v in row] for row in p], aspect='auto', interpolation='nearest')
+        ax.imshow([[(*to_rgb(COLORS['blue']), min(v/top, 1)) for v in row] for row in p], aspect='auto', interpolation='nearest')
         ax.set(title=title, yticks=range(len(utterances)), yticklabels=utterances, xticks=[i for i, s in enumerate(states) if s], xticklabels=[s for s in states if s])
         ax.tick_params(length=0)
         for i, j in ((i, j) for i in range(p.shape[0]) for j in range(p.shape[1]) if numbers):
-            ax.text(j, i, f'{p[i, j]:.2f}'.removeprefix('0') if 0 < p[i, j] < .995 else f'{p[i, j]:.0f}', ha='center', va='center', fontsize=8, color='#ffffff' if p[i, j] > .5 else INK)
+            ax.text(j, i, f'{p[i, j]:.2f}'.removeprefix('0') if 0 < p[i, j] < .995 else f'{p[i, j]:.0f}', ha='center', va='center', fontsize=8, color='#ffffff' if p[i, j] > top/2 else INK)
         for side in ax.spines.values(): side.set_visible(False)
     return fig
 

@@ -126,7 +126,7 @@ def play(comprehends:Listener, # a literal listener
     spoken = production(drawn, weighs, Judge(population), SPEAKING).rename(columns=dict(scale='unit')).assign(task='production', way='rsa')
     return pd.concat([heard, spoken], ignore_index=True)
 
-# %% ../../nbs/12_wavelength/09_experiment.ipynb #058867c0
+# %% ../../nbs/12_wavelength/09_experiment.ipynb #cd770711
 @dataclass(frozen=True)
 class Amount:
     "How much is run"
@@ -137,7 +137,7 @@ class Amount:
 def _plan(steps:int, batch:int=64, scales:int|None=None, each:int=3, draws:int=DRAWS, samples:int=32)->dict:
     return dict(steps=steps, batch=batch, scales=scales, each=each, draws=draws, samples=samples)
 
-SCALES = {'quick': Amount(tuple(SIZES), (0, 1, 2), _plan(1200)), 'full': Amount(tuple(SIZES), (0, 1, 2, 3), _plan(2400, each=9)), 'test': Amount(('small',), (0,), _plan(6, 16, scales=2, draws=4, samples=2))}
+SCALES = {'quick': Amount(tuple(SIZES), (0, 1, 2), _plan(1200)), 'full': Amount(tuple(SIZES), (0, 1, 2), _plan(2400, each=9)), 'test': Amount(('small',), (0,), _plan(6, 16, scales=2, draws=4, samples=2))}
 
 @dataclass(frozen=True)
 class Trial(core.Job):

@@ -110,7 +110,7 @@ def _no_division(e:Evidence)->Interval:
         bad, n = bad + sum((~np.isfinite(x)).sum() for x in found), n + sum(map(len, found))
     return exact(float(bad), n)
 
-# %% ../../nbs/12_wavelength/10_results.ipynb #b5be0fd3
+# %% ../../nbs/12_wavelength/10_results.ipynb #10d1c88b
 def arm(e:Evidence, task:str, size:str, measure:str='error', depth:int=0, alpha:float=1., draws:int=DRAWS, way:str|None=None)->np.ndarray: # (seeds, items or scales)
     "One number for every run and item or scale. Raises `ValueError` where this was not run"
     t = e.scores[(e.scores.task == task) & (e.scores['size'] == size) & np.isclose(e.scores.alpha, alpha)]
@@ -118,21 +118,19 @@ def arm(e:Evidence, task:str, size:str, measure:str='error', depth:int=0, alpha:
     if t.empty: raise ValueError(f'the experiment has no {task} of {size} with depth {depth}, alpha {alpha:g}, {draws} draws')
     return t.pivot(index='seed', columns='unit', values=measure).to_numpy(float)
 
-def _versus(a:np.ndarray, b:np.ndarray|None=None)->Interval:
-    "Mean over runs and items with its interval, or a difference; what has no runs is the same in all, and two that have none are resampled over items alone"
-    if len(a) == 1 and (b is None or len(b) == 1): return bootstrap(np.mean, (a if b is None else a - b)[0])
-    runs = max(len(a), 0 if b is None else len(b))
-    a, b = (x if x is None or len(x) > 1 else np.repeat(x, runs, 0) for x in (a, b))
-    return seed_bootstrap(np.mean, a, b, n_boot=1000)
+def _versus(a:np.ndarray, b:np.ndarray|float=0.)->Interval:
+    "Mean over runs and items with its interval, or of a difference paired by both; what has no runs is the same in all, and what has none at all is resampled over items alone"
+    d = a - b
+    return bootstrap(np.mean, d[0]) if len(d) == 1 else seed_bootstrap(np.mean, d, n_boot=1000)
 
 def listening(e:Evidence, size:str, other:tuple|None=None, **way)->Interval:
     "Distance of a listener's mean from the target, or of one listener minus another: (size, depth, alpha, way)"
-    b = None if other is None else arm(e, 'comprehension', other[0], **other[1])
+    b = 0. if other is None else arm(e, 'comprehension', other[0], **other[1])
     return _versus(arm(e, 'comprehension', size, **way), b)
 
 def speaking(e:Evidence, size:str, measure:str='error', than:dict|None=None, **way)->Interval:
     "Distance of the judge's mean from the target after a speaker's clue, or minus that after the clue of another way of speaking"
-    b = None if than is None else arm(e, 'production', size, measure, **than)
+    b = 0. if than is None else arm(e, 'production', size, measure, **than)
     return _versus(arm(e, 'production', size, measure, **way), b)
 
 def _means(e:Evidence)->np.ndarray: # (items,)

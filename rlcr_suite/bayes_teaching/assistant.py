@@ -85,19 +85,23 @@ class Assistant:
 # %% ../../nbs/07_bayes_teaching/02_assistant.ipynb #f75d722c
 RULES = ('mean', 'vote', 'sample')
 
-# %% ../../nbs/07_bayes_teaching/02_assistant.ipynb #a9e9533a
+# %% ../../nbs/07_bayes_teaching/02_assistant.ipynb #f50f7de2
 @patch
 def predictive(self: Assistant,
                sets: np.ndarray, # (K, 3, F) the same for all users, or (B, K, 3, F)
-              ) -> np.ndarray: # (B, K, 3)
-    "The probability that each user names each option."
+              ) -> np.ndarray: # (B, K, 3), each row sums to 1
+    "The probability that each option is the user's best, whether or not the user would err in naming it."
     sets, p = np.asarray(sets), self.posterior
-    def share(p, sets): # (B, H), (K, 3, F) -> (B, K, 3)
-        step = max(1, ROOM//(OPTIONS*len(self.W)))
-        return np.concatenate([np.einsum('bh,koh->bko', p, np.exp(self._likelihood(sets[i:i + step])), optimize=True) for i in range(0, len(sets), step)], 1)
-    if sets.ndim == 3: return share(p, sets)
-    p = np.broadcast_to(p, (len(sets), p.shape[1])) if len(p) == 1 else p
-    return np.concatenate([share(p[i:i + 1], s) for i, s in enumerate(sets)])
+    if sets.ndim == 4:
+        p = np.broadcast_to(p, (len(sets), p.shape[1]))
+        return np.concatenate([_shares(p[i:i + 1], self.world, s, self.W) for i, s in enumerate(sets)])
+    return _shares(p, self.world, sets, self.W)
+
+def _shares(p: np.ndarray, world: World, sets: np.ndarray, W: np.ndarray) -> np.ndarray: # (B, H), (K, 3, F), (H, F) -> (B, K, 3)
+    "The probability of all who find an option best, some sets at a time"
+    step = max(1, ROOM//(OPTIONS*len(W)))
+    best = lambda s: first(np.swapaxes(world.phi(s) @ W.T, 1, 2))[..., None] == np.arange(OPTIONS)
+    return np.concatenate([np.tensordot(p, best(sets[i:i + step]).astype(float), (1, 1)) for i in range(0, len(sets), step)], 1)
 
 @patch
 def predict(self: Assistant,

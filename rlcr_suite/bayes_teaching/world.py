@@ -202,7 +202,7 @@ def choice(self: World,
     u = stream(seed, 'choice').random(cdf.shape[:-1] + (1,))
     return (u >= cdf[..., :-1]).sum(-1)
 
-# %% ../../nbs/07_bayes_teaching/01_world.ipynb #b9da8b69
+# %% ../../nbs/07_bayes_teaching/01_world.ipynb #e457e6e4
 STYLES = ('sentence', 'terse')
 VALUE_WORDS = {0.: 'zero', .1: 'one', .2: 'two', .25: 'quarter', .3: 'three', .4: 'four', .5: 'five', .6: 'six', .7: 'seven', .75: 'threequarters',
                .8: 'eight', .9: 'nine', 1.: 'ten'} # tenths, and the quarters
@@ -216,7 +216,7 @@ def words(f: Feature, # of a world
          ) -> tuple[str, ...]: # one text a level
     "How a style tells the levels of a feature."
     check_style(style)
-    return f.texts if style == 'sentence' else tuple(VALUE_WORDS[round(float(v), 2)] for v in f.values)
+    return f.texts if style == 'sentence' else tuple(f.word + VALUE_WORDS[round(float(v), 2)] for v in f.values)
 
 def tell(world: World, # whose option
          levels: np.ndarray, # (F,) of one option

@@ -4,9 +4,9 @@ import json
 import numpy as np
 import pytest
 from rlcr_suite.bayes_teaching.assistant import Assistant
-from rlcr_suite.bayes_teaching.dialogue import AssistantChat, Talk, answer, interact, option_logprobs, parse_choice
+from rlcr_suite.bayes_teaching.dialogue import AssistantChat, Talk, interact, opening, option_logprobs, parse_choice
 from rlcr_suite.bayes_teaching.measures import accuracy, advice, agreement, beliefs, calibration, gain, probabilities, rate, updates
-from rlcr_suite.bayes_teaching.world import STYLES, WEIGHTS, FlightWorld, HotelWorld, ShopWorld, choice_logprobs, drifting, first, read, tell, top
+from rlcr_suite.bayes_teaching.world import STYLES, WEIGHTS, FlightWorld, HotelWorld, ShopWorld, choice_logprobs, drifting, first, read, tell, top, words
 from rlcr_suite.core.chat import ChatError, LocalChat, Reply, ScriptedServer, ServerChat
 
 @pytest.fixture(scope="module")
@@ -150,9 +150,9 @@ def test_drifting_and_noisy_users(world):
 def test_a_model_in_this_process():
     "Groups of unequal size with a shared beginning, one and several tokens, against scores that share nothing"
     from rlcr_suite.core.lm import tiny_lm, word_tokenizer
-    from rlcr_suite.bayes_teaching.world import VALUE_WORDS
     w = FlightWorld(3)
-    tok = word_tokenizer(["flight duration stops price correct incorrect no answer", *VALUE_WORDS.values()])
+    levels = [x for f in w.features for x in words(f, "terse")]
+    tok = word_tokenizer([opening(w, "terse"), "correct incorrect no answer", *levels, *map(str.upper, levels)])
     chat = LocalChat(tiny_lm(tok, hidden_size=16, layers=2, heads=2, intermediate_size=32, max_length=200, initializer_range=.3), tok, batch_size=8)
     talks = [Talk(w, "terse") for _ in range(3)]
     for i, t in enumerate(talks):
@@ -161,6 +161,7 @@ def test_a_model_in_this_process():
     for options in (list("123"), ["1", "no answer"]):                      # the second has an option of two tokens
         for got, g in zip(option_logprobs(chat, groups, options), groups, strict=True):
             np.testing.assert_allclose(got, [chat.logprobs(m, options) for m in g], atol=1e-4)
+    assert tok.unk_token_id not in tok(groups[2][0][-1]["content"])["input_ids"]
     s = interact(chat, w, w.sample_users(3, 1), rounds=2, held_out=4, style="terse", decide="logprobs")
     np.testing.assert_array_equal(s.held_said, s.held_logprobs.argmax(-1))
     np.testing.assert_allclose(probabilities(s).sum(-1), 1)

@@ -225,3 +225,12 @@ def test_games(world, tmp_path):
     game.move("1")
     assert [WEIGHTS[p.mark] for p in game.panels()] == game.user.tolist() and game.ask() == ""
     with pytest.raises(ValueError, match="over"): game.move("1")
+
+def test_the_same_game_in_a_notebook(world):
+    play, w = pytest.importorskip("rlcr_suite.core.play"), pytest.importorskip("ipywidgets")
+    from rlcr_suite.bayes_teaching.play import UserGame
+    game = UserGame(world, rounds=2, seed=3)
+    box = play.widget(game)
+    def buttons(x): return [x] if isinstance(x, w.Button) else [b for c in getattr(x, "children", ()) for b in buttons(c)]
+    for option in ("Flight 3", "Flight 1"): next(b for b in buttons(box) if b.description == option).click()
+    assert [r["preferred"] for r in game.rows] == [2, 0] and not buttons(box)

@@ -27,7 +27,7 @@ def pair(name:str, sizes:dict, rank:int, args)->tuple[nn.Module, torch.optim.Opt
     if name == 'galore': return model, galore(model, rank)
     kind = 'randomized-svd' if name == 'sketched' else 'semi-orthogonal'
     d = attach(model, TARGETS, OneSided(rank, kind, args.seed), mode='fused', refresh=REFRESH, weights='int8' if name == 'int8' else 'float')
-    return model, DualOptimizer(torch.optim.AdamW, d, lr=1e-3)
+    return model, DualOptimizer(torch.optim.AdamW, d, lr=1e-3, fused=True)   # one pass over the state; galore-torch brings an AdamW of its own
 
 def galore(model, rank:int)->torch.optim.Optimizer:
     "galore-torch over the same layers, as its authors use it"

@@ -9,7 +9,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 
-LARGE = ['nbdev.processors', 'nbdev.showdoc', 'matplotlib.pyplot', 'pandas', 'scipy.stats', 'sympy', 'datasets', 'math_verify', 'torch', 'transformers.trainer', 'transformers.generation']
+NEEDED = ['nbdev.processors', 'nbdev.showdoc']
+LARGE = ['matplotlib.pyplot', 'pandas', 'scipy.stats', 'sympy', 'datasets', 'math_verify', 'torch', 'transformers.trainer', 'transformers.generation']
+FEW = 8 # notebooks import for themselves
 STAMPS = '.stamps.json'  # in the folder of processed notebooks: notebook -> digest of what it was made from
 
 def work(src:Path, dst:Path)->str|None:
@@ -49,9 +51,11 @@ def process(proc:Path, force:bool=False)->list[str]:
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     # forked from a process that has imported what is large; they end without IPython's own end, which collects garbage once a notebook
     forked = get_context('forkserver')
-    forked.set_forkserver_preload(LARGE)
-    with ProcessPoolExecutor(min(4, os.cpu_count()), mp_context=forked) as pool:
-        results = dict(zip(todo, pool.map(work, [notebooks[r] for r in todo], [proc/r for r in todo])))
+    forked.set_forkserver_preload(NEEDED + LARGE*(len(todo) > FEW))
+    results = {}
+    if todo:
+        with ProcessPoolExecutor(min(4, os.cpu_count()), mp_context=forked) as pool:
+            results = dict(zip(todo, pool.map(work, [notebooks[r] for r in todo], [proc/r for r in todo])))
     problems = {rel: why for rel, why in results.items() if why}
     proc.mkdir(parents=True, exist_ok=True)
     stamps.write_text(json.dumps({rel: d for rel, d in now.items() if rel not in problems}, indent=1))

@@ -333,7 +333,7 @@ def _instructed(prompt:str|list[dict], mode:str)->list[dict]:
     own = [first['content']] if first['role'] == 'system' else []
     return [{'role': 'system', 'content': '\n\n'.join([system_prompt(mode), *own])}, *(rest if own else talk)]
 
-# %% ../nbs/cli.ipynb #408477e9
+# %% ../nbs/cli.ipynb #808a3134
 def _setting(text:str # KEY=VALUE
             )->tuple[str, Any]:
     "A setting and its value, read as JSON, else as a Python literal, else as text; nothing in it is run. Raises `ValueError` without ="
@@ -349,9 +349,9 @@ def _settings(texts:Sequence[str])->dict[str, Any]:
     "The settings of `--set`. Raises `ValueError` for one that `GRPOConfig` does not have, or that has an option of its own"
     from dataclasses import fields
     from difflib import get_close_matches
-    from rlcr_suite.rlcr.train import _extra
+    from rlcr_suite.core.sft import extra
     found = dict(map(_setting, texts))
-    known = {f.name for f in fields(_extra('trl').GRPOConfig)} - {'output_dir'}
+    known = {f.name for f in fields(extra('trl').GRPOConfig)} - {'output_dir'}
     for key in found:
         if key not in known: raise ValueError(f'GRPOConfig has no setting {key!r} to set{"; did you mean " + m[0] + "?" if (m := get_close_matches(key, known, 1)) else ""}')
     return found

@@ -42,7 +42,7 @@ def wait_for(condition, process, seconds=120):
 def made(tmp_path_factory):
     "A folder with questions and a small checkpoint that mostly keeps the format: where none is kept, all rewards are equal and nothing is learnt"
     from rlcr_suite.core.lm import save, tiny_lm
-    from rlcr_suite.rlcr.train import sft, tokenize
+    from rlcr_suite.core.sft import sft, tokenize
     from rlcr_suite.rlcr.world import demonstrations, questions, tokenizer
     folder, tok = tmp_path_factory.mktemp("cli"), tokenizer()
     model = tiny_lm(tok, hidden_size=64, layers=2, heads=2, intermediate_size=128, max_length=160)

@@ -289,7 +289,19 @@ def test_the_ledger_says_what_the_checks_found():
     e = experiment.read_evidence(records_dir()/"evidence"/"flashformer"/written["generate"].scale)
     found = {c.id: c for c in results.decide(e)}
     assert {i: (c.ours, c.rule, c.holds) for i, c in written.items()} == {i: (c.ours, c.rule, c.holds) for i, c in found.items()}
-    assert {i for i, c in found.items() if c.ours} == set(results.OURS) and all(c.kind == "speed" for i, c in found.items() if i not in results.OURS)
+    assert set(results.OURS) <= {i for i, c in found.items() if c.ours} and set(found) == {*results.OURS, *results.SPEEDS}
+
+def test_a_speed_is_that_of_the_slowest_context_and_open_where_one_is_missing(monkeypatch):
+    from rlcr_suite.flashformer import results
+    row = lambda context, share: dict(case="decode", model="Llama-3.1-8B", quant="int8", context=context, share=dict(median=share, low=share - .01, high=share + .01))
+    def decided(*rows):
+        monkeypatch.setattr(results, "benchmark", lambda: dict(device="nvidia-h200", repeats=7, evidence="b.json", stamp=dict(hardware="h", versions={}, commit="abcdef0", date="2026-01-01"), results=rows))
+        found = results.speed("share", "Llama-3.1-8B", "int8", None)
+        return found and next(c for c in results.CLAIMS if c.id == "bandwidth-int8").decide(**found)
+    claim = decided(row(128, .9), row(2048, .85), row(7936, .83))
+    assert (claim.holds, claim.ours.value, claim.scale) == (True, .83, "gpu")
+    assert not decided(row(128, .9), row(2048, .7), row(7936, .83)).holds
+    assert decided(row(128, .9), row(2048, .85)) is None
 
 def test_importing_the_commands_imports_nothing_large():
     code = "import sys, rlcr_suite.flashformer.cli; print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'triton', 'transformers', 'numpy', 'pandas'}))"

@@ -1,5 +1,6 @@
 "The project as a whole: notebooks and package in step, one-way imports, what installs, and what the ledger holds."
 import ast, importlib.metadata, json, os, re, shutil, subprocess, sys, tarfile, zipfile
+from collections import Counter
 from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
@@ -62,6 +63,10 @@ def test_the_package_is_what_the_notebooks_export(workshop):
 def test_the_notebooks_are_clean(workshop):
     run(BIN/'nbdev_clean', cwd=workshop)
     assert [name(p) for p in notebooks() if (workshop/p.relative_to(ROOT)).read_bytes() != p.read_bytes()] == [], 'run nbdev_clean'
+
+def test_no_two_notebooks_of_a_folder_make_one_page():
+    pages = Counter((p.parent.name, re.sub(r'^\d+[a-z]?_', '', p.stem)) for p in notebooks()) # nbdev leaves out the number
+    assert [page for page, n in pages.items() if n > 1] == []
 
 @each_notebook
 def test_stored_outputs(path):

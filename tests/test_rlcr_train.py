@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlcr_suite.rlcr.train import MARKER, PRESETS, accumulation, advantages, confidence_game, grpo, journal, last_checkpoint, tokenize
+from rlcr_suite.rlcr.train import MARKER, PRESETS, accumulation, advantages, confidence_game, grpo, journal, last_checkpoint
 
 STEPS = 6
 
@@ -18,7 +18,7 @@ STEPS = 6
 def base(tmp_path_factory) -> Path:
     "A model that writes the format most of the time: with none of it readable, every reward would be the same and nothing would be learnt"
     from rlcr_suite.core.lm import save, tiny_lm
-    from rlcr_suite.rlcr.train import sft
+    from rlcr_suite.core.sft import sft, tokenize
     from rlcr_suite.rlcr.world import demonstrations, tokenizer
     tok, out = tokenizer(), tmp_path_factory.mktemp('base')
     model = tiny_lm(tok, hidden_size=64, layers=2, heads=2, intermediate_size=128, seed=0)
@@ -137,6 +137,7 @@ def test_group_scaling_is_improper_and_plain_is_not():
 def test_tokenize_makes_the_rows_that_trl_makes(conversational, tmp_path):
     import trl
     from rlcr_suite.core.lm import tiny_lm
+    from rlcr_suite.core.sft import tokenize
     from rlcr_suite.rlcr.world import demonstrations, tokenizer
     tok, ds = tokenizer(), demonstrations(12).select_columns(['prompt', 'completion'])
     if not conversational: ds = ds.map(lambda r: {'prompt': r['prompt'][0]['content'], 'completion': r['completion'][0]['content']}, remove_columns=ds.column_names)

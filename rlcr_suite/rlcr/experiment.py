@@ -132,11 +132,11 @@ def baselines(model, base, tok, n:int, judged:int, texts:dict, seed:int)->'panda
             rows.append(_rows(ds, out, split=split, temperature=0., arm=name).assign(confidence=predict(ds['prompt'], out)))
     return pd.concat(rows, ignore_index=True)
 
-# %% ../../nbs/01_rlcr/09_experiment.ipynb #94ab5a10
+# %% ../../nbs/01_rlcr/09_experiment.ipynb #e2ef2adc
 def _warm_up(job:Job, s:Scale):
     "The base model: supervised finetuning on the overconfident demonstrator"
     from rlcr_suite.core.lm import tiny_lm
-    from rlcr_suite.rlcr.train import sft, tokenize
+    from rlcr_suite.core.sft import sft, tokenize
     from rlcr_suite.rlcr.world import demonstrations, tokenizer
     tok = tokenizer()
     model = tiny_lm(tok, seed=job.seed, **s.model)
@@ -147,7 +147,7 @@ def _analysed(model, tok, job:Job):
     "A short finetuning on 500 base solutions with written analyses and no confidences (the first half of SFT+RLCR)"
     from rlcr_suite.core.lm import generate
     from rlcr_suite.rlcr.baselines import sft_then_rlcr
-    from rlcr_suite.rlcr.train import sft
+    from rlcr_suite.core.sft import sft
     from rlcr_suite.rlcr.world import analyse, questions
     ds = questions(1000, 'train', JUDGE_SEED + 100 + job.seed)
     texts = [r[0] for r in generate(model, tok, ds['prompt'], max_new_tokens=MAX_NEW, seed=job.seed)]

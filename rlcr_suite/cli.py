@@ -7,7 +7,7 @@ __all__ = ['OK', 'FAILED', 'MISTAKE', 'INTERRUPTED', 'app', 'rlcr', 'METERS', 'P
            'PresetName', 'VERIFIERS', 'SCORES', 'FORMATS', 'PAGE', 'Commands', 'Board', 'claims', 'PageFailed',
            'execute', 'reproduce', 'train', 'evaluate', 'report', 'main']
 
-# %% ../nbs/cli.ipynb #aa441bb7
+# %% ../nbs/cli.ipynb #00dba2ca
 import os, sys, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from typer import Argument, Option
 from typer.core import TyperGroup
+from .bayes_teaching.cli import app as bayes
 from .flashformer.cli import app as flashformer
+from .wavelength.cli import app as wavelength
 
 # %% ../nbs/cli.ipynb #d6258c9f
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -38,7 +40,7 @@ def _complain(text:str)->None:
     rank = int(os.environ.get('RANK', 0))
     print(f'rlcr-suite{f" (process {rank})" if rank else ""}: {text}', file=sys.stderr)
 
-# %% ../nbs/cli.ipynb #9d952c5e
+# %% ../nbs/cli.ipynb #826a6203
 class Commands(TyperGroup):
     "Commands whose mistakes end in one line and an exit code"
     def invoke(self, ctx):
@@ -61,6 +63,8 @@ rlcr = typer.Typer(rich_markup_mode='rich', no_args_is_help=True)
 app.add_typer(rlcr, name='rlcr', help='Train, evaluate and compare models that state a confidence.',
               epilog=_examples('rlcr-suite rlcr train --help', 'rlcr-suite rlcr eval --help', 'rlcr-suite rlcr report answers.jsonl'))
 app.add_typer(flashformer, name='flashformer')
+app.add_typer(bayes, name='bayes')
+app.add_typer(wavelength, name='wavelength')
 
 def _console()->Console:
     "Where results go: plain text in a notebook"
@@ -128,8 +132,8 @@ class Board:
         self._seen[label] = p['step'], now
         return True
 
-# %% ../nbs/cli.ipynb #05801ecd
-PAPERS = ('rlcr', 'log_linear', 'flashformer', 'path_attention', 'duality') # papers that can be reproduced
+# %% ../nbs/cli.ipynb #aae3c078
+PAPERS = ('rlcr', 'log_linear', 'flashformer', 'path_attention', 'bayes_teaching', 'duality', 'wavelength') # papers that can be reproduced
 
 def _papers(paper:str|None)->list[str]:
     "The papers meant: the one named, or every one that has a record. Raises `ValueError` for one that has none"
@@ -232,12 +236,14 @@ def _publish(paper:str, evidence, scale:str, root:Path)->list: # of `core.record
     _chapter(paper, 'experiment').write_evidence(evidence, (root if scale == 'test' else records_dir())/'evidence'/paper/scale)
     return [] if scale == 'test' else _chapter(paper, 'results').publish(evidence)
 
-# %% ../nbs/cli.ipynb #3f6f1d35
+# %% ../nbs/cli.ipynb #9c793304
 PAGES = {'rlcr': ('01_rlcr/10_results.ipynb', '01_rlcr/00_overview.ipynb', 'index.ipynb'), # in the order in which they read each other
          'log_linear': ('03_log_linear/08_results.ipynb', '03_log_linear/00_overview.ipynb', 'index.ipynb'),
          'flashformer': ('04_flashformer/10_results.ipynb', '04_flashformer/00_overview.ipynb', 'index.ipynb'),
          'path_attention': ('05_path_attention/08_results.ipynb', '05_path_attention/00_overview.ipynb', 'index.ipynb'),
-         'duality': ('09_duality/10_results.ipynb', '09_duality/00_overview.ipynb', 'index.ipynb')}
+         'bayes_teaching': ('07_bayes_teaching/10_results.ipynb', '07_bayes_teaching/00_overview.ipynb', 'index.ipynb'),
+         'duality': ('09_duality/10_results.ipynb', '09_duality/00_overview.ipynb', 'index.ipynb'),
+         'wavelength': ('12_wavelength/10_results.ipynb', '12_wavelength/00_overview.ipynb', 'index.ipynb')}
 
 def _needs_notebooks()->None:
     "Raise `ImportError`, before any work, if notebooks cannot be executed"

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Feature', 'World', 'FlightWorld', 'HotelWorld', 'ShopWorld', 'Assistant', 'Talk', 'Session', 'AssistantChat',
            'interact', 'parse_choice', 'accuracy', 'agreement', 'advice', 'beliefs', 'rate', 'updates', 'teaching_set',
-           'prefixes', 'teach', 'school']
+           'prefixes', 'finetune', 'school']
 
-# %% ../../nbs/07_bayes_teaching/00_overview.ipynb #ece7ac80
+# %% ../../nbs/07_bayes_teaching/00_overview.ipynb #44738eb3
 from .world import Feature, FlightWorld, HotelWorld, ShopWorld, World
 from .assistant import Assistant
 from .dialogue import AssistantChat, Session, Talk, interact, parse_choice
 from .measures import accuracy, advice, agreement, beliefs, rate, updates
-from .teach import prefixes, school, teach, teaching_set
+from .teach import finetune, prefixes, school, teaching_set
 _all_ = ['Feature', 'World', 'FlightWorld', 'HotelWorld', 'ShopWorld', 'Assistant', 'Talk', 'Session', 'AssistantChat', 'interact', 'parse_choice',
-         'accuracy', 'agreement', 'advice', 'beliefs', 'rate', 'updates', 'teaching_set', 'prefixes', 'teach', 'school']
+         'accuracy', 'agreement', 'advice', 'beliefs', 'rate', 'updates', 'teaching_set', 'prefixes', 'finetune', 'school']

@@ -22,7 +22,7 @@ from ..core.jobs import Watch
 if TYPE_CHECKING:
     import pandas
 
-# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #2d5e66eb
+# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #27fd0009
 ARMS = ('untaught', *TEACHERS)
 LABELS = {'untaught': 'untaught', 'oracle': 'taught by the oracle', 'bayes': 'taught by Bayes', 'assistant': 'the Assistant'}
 WORLDS = {'flight-4': FlightWorld(), **{f'flight-{n}': FlightWorld(n) for n in (2, 3, 5, 6, 8)}, 'hotel': HotelWorld(), 'shop': ShopWorld('kettle')}
@@ -35,7 +35,7 @@ class Scale:
     chats: tuple[int, ...] # sizes of teaching sets; beliefs, updates and other worlds are measured at the last
     schools: int # models schooled; seed s starts from model s modulo this
     lessons: tuple[Lesson, ...]
-    teaching: dict # arguments of `teach`
+    teaching: dict # arguments of `finetune`
     users: tuple[int, int] # tested, on flights with four features and elsewhere
     held: tuple[int, int] # held-out sets, likewise
     size: dict # arguments of `newborn`, beside its own
@@ -45,7 +45,7 @@ SCALES = {'quick': Scale((0, 1, 2), (512, 4096), 1, LESSONS, _TEACH | dict(steps
           'full': Scale((0, 1, 2), (256, 1024, 4096, 8192), 3, tuple(replace(l, steps=2*l.steps) if l.rounds[1] > 1 else l for l in LESSONS), _TEACH | dict(steps=256), (156, 64), (24, 10), {}),
           'test': Scale((0, 1), (16, 32), 1, (Lesson((1, 2), (1, 1), 8, 4), Lesson((2, 4), (2, 3), 4, 2)), dict(batch=8, lr=1e-3, steps=2, warmup_steps=1), (4, 3), (3, 2), dict(hidden_size=16, layers=1, heads=2, intermediate_size=32))}
 
-# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #0f1ed338
+# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #cc27e28c
 @dataclass(frozen=True)
 class Trial(core.Job):
     "One process: a school; or an arm, with a size of its teaching set and a seed"
@@ -78,7 +78,9 @@ class Trial(core.Job):
 
 def _work(job:Trial)->None:
     "Learn what there is to learn, unless that was finished before, and answer"
+    import torch
     from rlcr_suite.core.lm import load, save
+    torch.set_num_threads(1)                                         # its matrices are too small to be shared
     s = SCALES[job.scale]
     if job.arm == 'school': return save(*_schooled(job, s), job.model) and None
     if job.arm == 'assistant': return _write(job, None, s)
@@ -91,12 +93,12 @@ def _schooled(job:Trial, s:Scale):
     return school(tok, job.dir/'sft', s.lessons, seed=job.seed, **s.size), tok
 
 def _taught(job:Trial, s:Scale):
-    from rlcr_suite.bayes_teaching.teach import teach, teaching_set
+    from rlcr_suite.bayes_teaching.teach import finetune, teaching_set
     from rlcr_suite.core.lm import load
     from rlcr_suite.core.sft import tokenize
     model, tok = load(job.school, device='cpu')
     ds = tokenize(teaching_set(WORLDS['flight-4'], job.arm, job.chats, ROUNDS + 1, 'terse', job.seed), tok)
-    teach(model, tok, ds, job.dir/'sft', seed=job.seed, **s.teaching)
+    finetune(model, tok, ds, job.dir/'sft', seed=job.seed, **s.teaching)
     return model, tok
 
 # %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #234de6dc

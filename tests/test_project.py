@@ -70,6 +70,7 @@ def test_no_two_notebooks_of_a_folder_make_one_page():
 
 @each_notebook
 def test_stored_outputs(path):
+    assert set(json.loads(path.read_text(encoding='utf-8'))['metadata']) == {'kernelspec'}, 'the state of a widget differs from run to run'
     for i, cell in enumerate(cells(path)):
         assert cell.get('execution_count') is None, f'cell {i} is numbered'
         for out in cell.get('outputs', ()):

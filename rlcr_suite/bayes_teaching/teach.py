@@ -137,7 +137,7 @@ def newborn(tok, # from `tokenizer`
     for i in '12345': E[vocab[' ' + i]] = E[vocab[i]]               # a space before a digit makes it another token, but the same digit
     return model
 
-# %% ../../nbs/07_bayes_teaching/06_teach.ipynb #b938195c
+# %% ../../nbs/07_bayes_teaching/06_teach.ipynb #90ddcf94
 @dataclass(frozen=True)
 class Lesson:
     "A stretch of school."
@@ -148,7 +148,7 @@ class Lesson:
     ratings: float = .5 # share of batches whose conversations end with a request for a rating
     easy: float = 0. # share of tastes that are made positive: "the more the better" is a start, from which signs are learned as exceptions
 
-LESSONS = (Lesson((1, 1), (1, 1), 64, 200, .5, .7), Lesson((1, 2), (1, 1), 80, 200, .2, .6), Lesson((2, 4), (1, 1), 72, 300, .2, .5), Lesson((2, 4), (1, 1), 72, 450, .2), Lesson((2, 4), (2, 6), 16, 450))
+LESSONS = (Lesson((1, 1), (1, 1), 96, 300, .3, .3), Lesson((1, 2), (1, 1), 96, 250, .3), Lesson((2, 4), (1, 1), 80, 900, .3), Lesson((2, 4), (2, 6), 16, 700))
 SLIPS = .15 # share of answers in school that are wrong, are called so, and are not learned
 
 def _some_world(features:int, rng:np.random.Generator)->World:

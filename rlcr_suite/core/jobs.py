@@ -193,7 +193,7 @@ def journal(output_dir:str|Path # of a trainer
     rows = jsonl_read(f) if f.exists() else []
     return list({r['step']: r for r in rows if 'reward' in r or 'loss' in r}.values())
 
-# %% ../../nbs/00_core/11_jobs.ipynb #c678a1ea
+# %% ../../nbs/00_core/11_jobs.ipynb #cf50f44b
 def journalling(output_dir:str|Path # of a trainer
                )->list: # of `TrainerCallback`
     "Callbacks that mark whole checkpoints and append every log row to log.jsonl, one fsynced line each"
@@ -217,14 +217,24 @@ def _is_number(v)->bool:
     try: return bool(np.isfinite(float(v)))
     except (TypeError, ValueError): return False
 
+def _finished(trainer, checkpoint:Path): # the `TrainerState` of a checkpoint behind which nothing is left to do, else None
+    "Going on from such a one, the Trainer would make a step too many"
+    from transformers import TrainerState
+    state, args = TrainerState.load_from_json(str(checkpoint/'trainer_state.json')), trainer.args
+    over = state.global_step >= (args.max_steps if args.max_steps > 0 else state.max_steps) and (args.max_steps > 0 or args.num_train_epochs <= state.num_train_epochs)
+    return state if over else None
+
 def resume(trainer, # a `transformers.Trainer`, made with the callbacks of `journalling`
            output_dir:str|Path, # its own
           ): # the trainer
-    "Train from the newest whole checkpoint, or from the start; the model is left in evaluation mode"
+    "Train from the newest whole checkpoint, or from the start; a run that is finished is loaded and left as it is. The model is left in evaluation mode"
     from transformers.trainer_callback import PrinterCallback
     trainer.remove_callback(PrinterCallback)   # the journal has every row
     found = last_checkpoint(output_dir)
-    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    if found and (state := _finished(trainer, found)):
+        trainer._load_from_checkpoint(str(found))
+        trainer.state = state
+    else: trainer.train(resume_from_checkpoint=str(found) if found else None)
     trainer.model.eval()
     return trainer
 

@@ -26,4 +26,5 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]: return sorted(_HOMES)
 
+# %% ../../nbs/04_flashformer/00_overview.ipynb #0bece1ae
 _all_ = ['Decoder', 'Sampler', 'Plan', 'GPUS', 'MODELS', 'quantise', 'dequantise']

@@ -26,5 +26,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]: return sorted(_all_)
 
+# %% ../../nbs/12_wavelength/00_overview.ipynb #7efb5e9e
 _all_ = ['STATES', 'Scale', 'Item', 'check_clue', 'parse_number', 'load_items', 'smooth', 'Replay', 'comprehend', 'produce', 'RSAListener', 'RSASpeaker', 'sampled', 'Wording', 'NATURAL', 'TERSE', 'ModelListener', 'ModelSpeaker',
          'lexicon', 'Population', 'Judge', 'items']

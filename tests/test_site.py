@@ -33,6 +33,9 @@ def test_every_notebook_has_a_page(site):
     notebooks = [p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(x.startswith(('.', '_')) for x in p.relative_to(ROOT/'nbs').parts)]
     assert len(notebooks) == len(pages(site)) and all((site/p.relative_to(ROOT/'nbs')).read_bytes() == p.read_bytes() for p in notebooks)
 
+def test_whatever_is_documented_says_what_it_is(site):
+    assert [p.name for p in site.rglob('*.html') if 'Call self as a function' in p.read_text(encoding='utf-8')] == [] # Python's words for a function without any
+
 def test_links_anchors_and_ids(site):
     checker = Checker(site, 'https://rlcr-suite.github.io/rlcr-suite/', 'https://github.com/rlcr-suite/rlcr-suite/blob/main/', ROOT)
     assert len(checker.docs) == len(pages(site)) + 1

@@ -1,5 +1,5 @@
 "The project as a whole: notebooks and package in step, one-way imports, what installs, and what the ledger holds."
-import ast, importlib.metadata, json, os, re, shutil, subprocess, sys, tarfile, zipfile
+import ast, importlib, importlib.metadata, json, os, re, shutil, subprocess, sys, tarfile, zipfile
 from collections import Counter
 from configparser import ConfigParser
 from functools import cache
@@ -59,6 +59,11 @@ def test_the_package_is_what_the_notebooks_export(workshop):
     assert 'core/stats.py' in fresh and '_modidx.py' in fresh
     assert sorted(fresh) == sorted(stored), 'run nbdev_export'
     assert [f for f in fresh if fresh[f] != stored[f]] == [], 'run nbdev_export; a module is never edited by hand'
+
+@pytest.mark.parametrize('package', [p for p in PAPERS if (PACKAGE/p/'__init__.py').exists()])
+def test_public_names_are_there(package):
+    m = importlib.import_module(f'rlcr_suite.{package}')
+    assert [n for n in getattr(m, '__all__', ()) if not hasattr(m, n)] == [] and sorted(getattr(m, '_HOMES', ())) == sorted(getattr(m, '__all__', ()) if hasattr(m, '_HOMES') else ())
 
 def test_the_notebooks_are_clean(workshop):
     run(BIN/'nbdev_clean', cwd=workshop)

@@ -7,11 +7,20 @@ __all__ = ['Feature', 'World', 'FlightWorld', 'HotelWorld', 'ShopWorld', 'Assist
            'interact', 'parse_choice', 'accuracy', 'agreement', 'advice', 'beliefs', 'rate', 'updates', 'teaching_set',
            'prefixes', 'finetune', 'school']
 
-# %% ../../nbs/07_bayes_teaching/00_overview.ipynb #44738eb3
-from .world import Feature, FlightWorld, HotelWorld, ShopWorld, World
-from .assistant import Assistant
-from .dialogue import AssistantChat, Session, Talk, interact, parse_choice
-from .measures import accuracy, advice, agreement, beliefs, rate, updates
-from .teach import finetune, prefixes, school, teaching_set
+# %% ../../nbs/07_bayes_teaching/00_overview.ipynb #87e7452c
+from typing import TYPE_CHECKING
+from ..core.lazy import lazily
+if TYPE_CHECKING:
+    from rlcr_suite.bayes_teaching.world import Feature, FlightWorld, HotelWorld, ShopWorld, World
+    from rlcr_suite.bayes_teaching.assistant import Assistant
+    from rlcr_suite.bayes_teaching.dialogue import AssistantChat, Session, Talk, interact, parse_choice
+    from rlcr_suite.bayes_teaching.measures import accuracy, advice, agreement, beliefs, rate, updates
+    from rlcr_suite.bayes_teaching.teach import finetune, prefixes, school, teaching_set
+
+# %% ../../nbs/07_bayes_teaching/00_overview.ipynb #c964ed09
+# found when they are asked for: the commands of this chapter show their help without numpy
+_HOMES = {n: f'bayes_teaching.{m}' for m, names in dict(
+    world=('Feature', 'FlightWorld', 'HotelWorld', 'ShopWorld', 'World'), assistant=('Assistant',), dialogue=('AssistantChat', 'Session', 'Talk', 'interact', 'parse_choice'), measures=('accuracy', 'advice', 'agreement', 'beliefs', 'rate', 'updates'), teach=('finetune', 'prefixes', 'school', 'teaching_set')).items() for n in names}
+__getattr__, __dir__ = lazily(__name__, _HOMES)
 _all_ = ['Feature', 'World', 'FlightWorld', 'HotelWorld', 'ShopWorld', 'Assistant', 'Talk', 'Session', 'AssistantChat', 'interact', 'parse_choice',
          'accuracy', 'agreement', 'advice', 'beliefs', 'rate', 'updates', 'teaching_set', 'prefixes', 'finetune', 'school']

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Decoder', 'Sampler', 'Plan', 'GPUS', 'MODELS', 'quantise', 'dequantise']
 
-# %% ../../nbs/04_flashformer/00_overview.ipynb #4af72c67
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+# %% ../../nbs/04_flashformer/00_overview.ipynb #a9539832
+from typing import TYPE_CHECKING
+from ..core.lazy import lazily
 if TYPE_CHECKING:
     from rlcr_suite.flashformer.bandwidth import GPUS, MODELS
     from rlcr_suite.flashformer.decoder import Decoder
@@ -15,16 +15,9 @@ if TYPE_CHECKING:
     from rlcr_suite.flashformer.quant import dequantise, quantise
     from rlcr_suite.kernels.flashformer import Sampler
 
-# %% ../../nbs/04_flashformer/00_overview.ipynb #4066c45b
+# %% ../../nbs/04_flashformer/00_overview.ipynb #97106f3c
 # found when they are asked for: the commands of this chapter show their help without torch and Triton
 _HOMES = {'Decoder': 'flashformer.decoder', 'Sampler': 'kernels.flashformer', 'Plan': 'flashformer.plan', 'GPUS': 'flashformer.bandwidth', 'MODELS': 'flashformer.bandwidth',
           'quantise': 'flashformer.quant', 'dequantise': 'flashformer.quant'}
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(import_module(f'rlcr_suite.{_HOMES[name]}'), name)
-
-def __dir__() -> list[str]: return sorted(_HOMES)
-
-# %% ../../nbs/04_flashformer/00_overview.ipynb #0bece1ae
+__getattr__, __dir__ = lazily(__name__, _HOMES)
 _all_ = ['Decoder', 'Sampler', 'Plan', 'GPUS', 'MODELS', 'quantise', 'dequantise']

@@ -5,27 +5,22 @@
 # %% auto #0
 __all__ = ['STATES', 'Scale', 'Item', 'check_clue', 'parse_number', 'load_items', 'smooth', 'Replay', 'comprehend', 'produce',
            'RSAListener', 'RSASpeaker', 'sampled', 'Wording', 'NATURAL', 'TERSE', 'ModelListener', 'ModelSpeaker',
-           'lexicon', 'Population', 'Judge', 'items']
+           'Population', 'Judge', 'items']
 
-# %% ../../nbs/12_wavelength/00_overview.ipynb #feb51f6e
-from .game import STATES, Item, Replay, Scale, check_clue, load_items, parse_number, smooth
-from .lexicon import Judge, Population, items, lexicon
-from typing import TYPE_CHECKING, Any
+# %% ../../nbs/12_wavelength/00_overview.ipynb #19c24d06
+from typing import TYPE_CHECKING
+from ..core.lazy import lazily
 if TYPE_CHECKING:
-    from rlcr_suite.wavelength.models import NATURAL, TERSE, ModelListener, ModelSpeaker, Wording
+    from rlcr_suite.wavelength.game import STATES, Item, Replay, Scale, check_clue, load_items, parse_number, smooth
     from rlcr_suite.wavelength.pragmatics import RSAListener, RSASpeaker, comprehend, produce, sampled
+    from rlcr_suite.wavelength.models import NATURAL, TERSE, ModelListener, ModelSpeaker, Wording
+    from rlcr_suite.wavelength.lexicon import Judge, Population, items
 
-# %% ../../nbs/12_wavelength/00_overview.ipynb #81089a08
+# %% ../../nbs/12_wavelength/00_overview.ipynb #59050d3f
 # found when they are asked for: the commands of this chapter show their help without torch
-_HOMES = dict.fromkeys(('RSAListener', 'RSASpeaker', 'comprehend', 'produce', 'sampled'), 'pragmatics') | dict.fromkeys(('NATURAL', 'TERSE', 'ModelListener', 'ModelSpeaker', 'Wording'), 'models')
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from importlib import import_module
-    return getattr(import_module(f'rlcr_suite.wavelength.{_HOMES[name]}'), name)
-
-def __dir__() -> list[str]: return sorted(_all_)
-
-# %% ../../nbs/12_wavelength/00_overview.ipynb #7efb5e9e
+_HOMES = {n: f'wavelength.{m}' for m, names in dict(
+    game=('STATES', 'Item', 'Replay', 'Scale', 'check_clue', 'load_items', 'parse_number', 'smooth'), pragmatics=('RSAListener', 'RSASpeaker', 'comprehend', 'produce', 'sampled'),
+    models=('NATURAL', 'TERSE', 'ModelListener', 'ModelSpeaker', 'Wording'), lexicon=('Judge', 'Population', 'items')).items() for n in names}
+__getattr__, __dir__ = lazily(__name__, _HOMES)
 _all_ = ['STATES', 'Scale', 'Item', 'check_clue', 'parse_number', 'load_items', 'smooth', 'Replay', 'comprehend', 'produce', 'RSAListener', 'RSASpeaker', 'sampled', 'Wording', 'NATURAL', 'TERSE', 'ModelListener', 'ModelSpeaker',
-         'lexicon', 'Population', 'Judge', 'items']
+         'Population', 'Judge', 'items']

@@ -240,9 +240,10 @@ def read_evidence(path:str|Path # folder that `write_evidence` wrote
     tables, about = jobs.read_tables(path, TABLES)
     return Evidence(**tables, about=about)
 
-# %% ../../nbs/00_core/12_trials.ipynb #155a7a98
+# %% ../../nbs/00_core/12_trials.ipynb #fb3c6a10
 def stored(paper:str, # its folder under records/evidence
            scale:str|None=None, # quick or full; by default the one that the ledger speaks of, else the largest
+           reader:Callable=read_evidence, # of a chapter whose evidence has other tables
           )->Evidence:
     "A stored experiment. Raises `ValueError` where there is none"
     from rlcr_suite.core.records import read, records_dir
@@ -250,7 +251,7 @@ def stored(paper:str, # its folder under records/evidence
     if scale is None and (records_dir()/f'{paper}.json').exists():
         scale = next((c.scale for c in read(paper) if c.kind == 'measurement' and c.scale in ('quick', 'full')), None)
     there = [s for s in ('full', 'quick') if (folder/s/'about.json').exists()]
-    return read_evidence(folder/(scale or next(iter(there), 'quick')))
+    return reader(folder/(scale or next(iter(there), 'quick')))
 
 Number = Callable[[Evidence], Interval | dict | None] # from the evidence; a dict has the arguments of `Claim.decide`
 
@@ -268,12 +269,13 @@ def publish(e:Evidence, # an experiment
             claims:Sequence[Claim], # with their rules
             ours:Mapping[str, Number], # id of a claim -> the number that decides it
             path:str|Path|None=None, # of the record; records/<paper>.json of the checkout by default
+            reader:Callable=read_evidence, # as for `stored`
            )->list[Claim]:
     "Decide the claims and write them to the ledger. What a quick run leaves open is decided by the stored full one, if there is one"
     from rlcr_suite.core.records import records_dir, write
     paper, decided = claims[0].paper, decide(e, claims, ours)
     if e.about['scale'] == 'quick' and (records_dir()/'evidence'/paper/'full'/'about.json').exists():
-        full = {c.id: c for c in decide(stored(paper, 'full'), claims, ours)}
+        full = {c.id: c for c in decide(stored(paper, 'full', reader), claims, ours)}
         decided = [full[c.id] if c.ours is None else c for c in decided]
     write(paper, decided, path=path)
     return decided

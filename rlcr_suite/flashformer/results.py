@@ -6,15 +6,15 @@
 __all__ = ['ALL', 'NONE', 'ROUNDING', 'SINGLE', 'CLAIMS', 'OURS', 'benchmark', 'SPEEDS', 'share', 'total', 'worst', 'speed',
            'decide', 'publish']
 
-# %% ../../nbs/04_flashformer/10_results.ipynb #b726a3c4
+# %% ../../nbs/04_flashformer/10_results.ipynb #7457be2f
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from ..core import trials
-from ..core.records import Claim, Rule, write
+from ..core.records import Claim, Rule
 from ..core.stats import Interval
 from ..core.trials import exact
-from .experiment import Evidence
+from .experiment import Evidence, read_evidence
 
 # %% ../../nbs/04_flashformer/10_results.ipynb #785924ff
 ALL, NONE, ROUNDING, SINGLE = Rule('>=', 1.), Rule('<=', 0.), Rule('<=', 1e-12), Rule('<=', 1e-5)
@@ -44,7 +44,7 @@ CLAIMS = (
     _claim('bandwidth-int4', 'Nibbles unpack fast enough (the same: 8B, int4-g128)', Rule('>=', .6), kind='speed'),
 )
 
-# %% ../../nbs/04_flashformer/10_results.ipynb #f83e5e1c
+# %% ../../nbs/04_flashformer/10_results.ipynb #4182216d
 def _rows(e: Evidence, check: str):
     return e.checks[e.checks.check == check]
 
@@ -90,6 +90,4 @@ def publish(e: Evidence, # of an experiment
             path: str | Path | None = None, # of the record; records/flashformer.json of the checkout by default
            ) -> list[Claim]:
     "Decide the claims and write them to the ledger."
-    decided = decide(e)
-    write('flashformer', decided, path=path)
-    return decided
+    return trials.publish(e, CLAIMS, OURS | SPEEDS, path, read_evidence)

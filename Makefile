@@ -13,6 +13,8 @@ SHELL := /bin/bash
 
 BIN   := .venv/bin
 STAMP := .venv/installed
+# Modules are compiled when they are first imported, and kept: without that, every process of the tests would compile the libraries again, half a minute each time.
+unexport PYTHONDONTWRITEBYTECODE
 CHECKED_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 help: ## this list

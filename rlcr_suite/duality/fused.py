@@ -12,11 +12,21 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from .maps import Projection, _wide
 
-# %% ../../nbs/09_duality/05_fused.ipynb #33523a24
+# %% ../../nbs/09_duality/05_fused.ipynb #b5dfb41d
+PIECE = 128   # tokens
+
+def _over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    "aᵀ b of two tall matrices. A CPU walks down the columns of a: as far as its cache reaches, if they come in pieces. Not in half precision, which would round every partial sum"
+    if a.device.type != "cpu" or a.dtype.itemsize < 4 or len(a) <= PIECE: return a.mT @ b
+    (first, *As), (second, *Bs) = a.split(PIECE), b.split(PIECE)
+    total = first.mT @ second
+    for x, y in zip(As, Bs): total.addmm_(x.mT, y)
+    return total
+
 def _small(dy: torch.Tensor, z: torch.Tensor, P: torch.Tensor | None) -> torch.Tensor:
     "Pᵀ dYᵀ Z of all tokens, where z is X or X Q"
     rows = dy.reshape(-1, dy.shape[-1])
-    return (rows if P is None else rows @ P).mT @ z.reshape(-1, z.shape[-1])
+    return _over_tokens(rows if P is None else rows @ P, z.reshape(-1, z.shape[-1]))
 
 class _Projected(torch.autograd.Function):
     "y = x Wᵀ + b, where the gradient with respect to W is handed to λ, projected"

@@ -22,7 +22,7 @@ from ..core.jobs import Watch
 if TYPE_CHECKING:
     import pandas
 
-# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #27fd0009
+# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #22aaeaf3
 ARMS = ('untaught', *TEACHERS)
 LABELS = {'untaught': 'untaught', 'oracle': 'taught by the oracle', 'bayes': 'taught by Bayes', 'assistant': 'the Assistant'}
 WORLDS = {'flight-4': FlightWorld(), **{f'flight-{n}': FlightWorld(n) for n in (2, 3, 5, 6, 8)}, 'hotel': HotelWorld(), 'shop': ShopWorld('kettle')}
@@ -38,12 +38,13 @@ class Scale:
     teaching: dict # arguments of `finetune`
     users: tuple[int, int] # tested, on flights with four features and elsewhere
     held: tuple[int, int] # held-out sets, likewise
+    worlds: tuple[str, ...] # keys of `WORLDS`
     size: dict # arguments of `newborn`, beside its own
 
-_TEACH = dict(batch=32, lr=1.5e-3, warmup_steps=10)
-SCALES = {'quick': Scale((0, 1, 2), (512, 4096), 1, LESSONS, _TEACH | dict(steps=128), (96, 48), (16, 8), {}),
-          'full': Scale((0, 1, 2), (256, 1024, 4096, 8192), 3, tuple(replace(l, steps=2*l.steps) if l.rounds[1] > 1 else l for l in LESSONS), _TEACH | dict(steps=256), (156, 64), (24, 10), {}),
-          'test': Scale((0, 1), (16, 32), 1, (Lesson((1, 2), (1, 1), 8, 4), Lesson((2, 4), (2, 3), 4, 2)), dict(batch=8, lr=1e-3, steps=2, warmup_steps=1), (4, 3), (3, 2), dict(hidden_size=16, layers=1, heads=2, intermediate_size=32))}
+_TEACH = dict(batch=32, lr=1e-3, warmup_steps=10)
+SCALES = {'quick': Scale((0, 1, 2), (512, 2560), 1, LESSONS, _TEACH | dict(steps=80), (96, 40), (16, 8), ('flight-4', 'flight-2', 'flight-3', 'flight-5', 'hotel'), {}),
+          'full': Scale((0, 1, 2), (256, 1024, 4096), 3, tuple(replace(l, steps=2*l.steps) if l.features[1] > 2 else l for l in LESSONS), _TEACH | dict(steps=192), (144, 64), (24, 10), tuple(WORLDS), {}),
+          'test': Scale((0, 1), (16, 32), 1, (Lesson((1, 2), (1, 1), 8, 4), Lesson((2, 4), (2, 3), 4, 2)), dict(batch=8, lr=1e-3, steps=2, warmup_steps=1), (4, 3), (3, 2), tuple(WORLDS), dict(hidden_size=16, layers=1, heads=2, intermediate_size=32))}
 
 # %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #cc27e28c
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _taught(job:Trial, s:Scale):
     finetune(model, tok, ds, job.dir/'sft', seed=job.seed, **s.teaching)
     return model, tok
 
-# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #234de6dc
+# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #bd721756
 def _named(s:Session)->np.ndarray: # (U, rounds + 1, K)
     "What the Assistant names, without the probabilities that take long with many features"
     a, named = Assistant(s.world), []
@@ -149,8 +150,8 @@ def _write(job:Trial, loaded, s:Scale)->None:
     from rlcr_suite.core.chat import LocalChat
     chat, parts = LocalChat(*loaded, batch_size=256) if loaded else None, []
     about = dict(arm=job.arm, chats=job.chats, seed=job.seed)
-    for name, world in WORLDS.items() if job.chats in (0, s.chats[-1]) else [('flight-4', WORLDS['flight-4'])]:
-        elsewhere = int(name != 'flight-4')
+    for name in s.worlds if job.chats in (0, s.chats[-1]) else s.worlds[:1]:
+        world, elsewhere = WORLDS[name], int(name != 'flight-4')
         session, tastes = played(chat, world, s.users[elsewhere], s.held[elsewhere])
         named = _named(session) if chat is None or len(world.features) < 8 else None
         parts.append(scores(session, named, named if chat is None else session.held_said).assign(world=name))

@@ -202,7 +202,7 @@ def choice(self: World,
     u = stream(seed, 'choice').random(cdf.shape[:-1] + (1,))
     return (u >= cdf[..., :-1]).sum(-1)
 
-# %% ../../nbs/07_bayes_teaching/01_world.ipynb #e457e6e4
+# %% ../../nbs/07_bayes_teaching/01_world.ipynb #d941972e
 STYLES = ('sentence', 'terse')
 VALUE_WORDS = {0.: 'zero', .1: 'one', .2: 'two', .25: 'quarter', .3: 'three', .4: 'four', .5: 'five', .6: 'six', .7: 'seven', .75: 'threequarters',
                .8: 'eight', .9: 'nine', 1.: 'ten'} # tenths, and the quarters
@@ -211,6 +211,7 @@ def check_style(style: str) -> None:
     "Raises `ValueError` for a style that is not one of `STYLES`."
     if style not in STYLES: raise ValueError(f'style must be one of {STYLES}, got {style!r}')
 
+@lru_cache(maxsize=None)
 def words(f: Feature, # of a world
           style: str, # one of `STYLES`
          ) -> tuple[str, ...]: # one text a level

@@ -56,7 +56,28 @@ def machine() -> dict[str, Any]: # arguments of a trainer's configuration
     gpu = torch.cuda.is_available()
     return dict(use_cpu=not gpu, bf16=gpu, fp16=False)
 
-# %% ../../nbs/00_core/14_sft.ipynb #b5d2972b
+# %% ../../nbs/00_core/14_sft.ipynb #45d27bb8
+def _trainer(trl): # the class
+    """TRL's `SFTTrainer`. Away from GPUs TRL scores every position; here one process scores those at which something is learned, which are few where answers are short"""
+    import torch.nn.functional as F
+    from rlcr_suite.core.lm import _last
+    class Trainer(trl.SFTTrainer):
+        def _plain(self, inputs)->bool: # nothing is asked for but the mean over learned tokens
+            a = self.args
+            return (self.model.training and a.device.type == 'cpu' and a.world_size == 1 and a.loss_type == 'nll' and not (self.compute_loss_func or self.label_smoother or self.aux_loss_enabled)
+                    and {*inputs} <= {'input_ids', 'attention_mask', 'labels', 'use_cache'} and bool(_last(self.model, 1)))
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if return_outputs or not self._plain(inputs): return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            labels = inputs['labels'][:, 1:]
+            learned = labels != -100
+            keep = learned.any(0).nonzero()[:, 0]                # positions, of all rows
+            logits = model(input_ids=inputs['input_ids'], attention_mask=inputs.get('attention_mask'), logits_to_keep=keep, use_cache=False).logits
+            loss = F.cross_entropy(logits.float().flatten(0, 1), labels[:, keep].flatten(), reduction='sum')
+            return loss/max(1, int(learned.sum() if num_items_in_batch is None else num_items_in_batch))
+    return Trainer
+
+# %% ../../nbs/00_core/14_sft.ipynb #b027b8f6
 FORMS = [['input_ids', 'labels'], ['messages'], ['prompt', 'completion']] # columns of examples
 
 def sft(model, # a causal LM (`PreTrainedModel`)
@@ -79,6 +100,6 @@ def sft(model, # a causal LM (`PreTrainedModel`)
     if columns is None: raise ValueError(f'the columns must be one of {FORMS}, got {ds.column_names}')
     form = dict(dataset_kwargs={'skip_prepare_dataset': 'labels' in columns}, assistant_only_loss=columns == ['messages'])
     args = trl.SFTConfig(output_dir=str(out), **(machine() | config | form | overrides))
-    trainer = trl.SFTTrainer(model=model, args=args, train_dataset=ds.select_columns(columns), processing_class=tok,
+    trainer = _trainer(trl)(model=model, args=args, train_dataset=ds.select_columns(columns), processing_class=tok,
                              callbacks=[*journalling(out), *callbacks])
     return resume(trainer, out)

@@ -132,8 +132,8 @@ class Board:
         self._seen[label] = p['step'], now
         return True
 
-# %% ../nbs/cli.ipynb #4f2c6d58
-PAPERS = ('rlcr', 'log_linear', 'flashformer', 'path_attention', 'duality', 'wavelength') # papers that can be reproduced
+# %% ../nbs/cli.ipynb #aae3c078
+PAPERS = ('rlcr', 'log_linear', 'flashformer', 'path_attention', 'bayes_teaching', 'duality', 'wavelength') # papers that can be reproduced
 
 def _papers(paper:str|None)->list[str]:
     "The papers meant: the one named, or every one that has a record. Raises `ValueError` for one that has none"
@@ -236,12 +236,13 @@ def _publish(paper:str, evidence, scale:str, root:Path)->list: # of `core.record
     _chapter(paper, 'experiment').write_evidence(evidence, (root if scale == 'test' else records_dir())/'evidence'/paper/scale)
     return [] if scale == 'test' else _chapter(paper, 'results').publish(evidence)
 
-# %% ../nbs/cli.ipynb #cde30de8
+# %% ../nbs/cli.ipynb #d74a1e0d
 PAGES = {'rlcr': ('01_rlcr/10_results.ipynb', '01_rlcr/00_overview.ipynb', 'index.ipynb'), # in the order in which they read each other
          'log_linear': ('03_log_linear/08_results.ipynb', '03_log_linear/00_overview.ipynb', 'index.ipynb'),
          'flashformer': ('04_flashformer/10_results.ipynb', '04_flashformer/00_overview.ipynb', 'index.ipynb'),
          'path_attention': ('05_path_attention/08_results.ipynb', '05_path_attention/00_overview.ipynb', 'index.ipynb'),
          'duality': ('09_duality/10_results.ipynb', '09_duality/00_overview.ipynb', 'index.ipynb'),
+         'bayes_teaching': ('07_bayes_teaching/10_results.ipynb', '07_bayes_teaching/00_overview.ipynb', 'index.ipynb'),
          'wavelength': ('12_wavelength/10_results.ipynb', '12_wavelength/00_overview.ipynb', 'index.ipynb')}
 
 def _needs_notebooks()->None:

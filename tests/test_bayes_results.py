@@ -21,7 +21,7 @@ def quick_decisions(monkeypatch):
     monkeypatch.setattr(res, 'OURS', {k: f for k, f in res.OURS.items() if k not in ('golden', 'domains')})
 
 
-def made_up(accuracy, agreement=lambda arm: .5, of_user=lambda arm: {}, chats=(512, 2560), scale='quick', seeds=(0, 1, 2)):
+def made_up(accuracy, agreement=lambda arm: .5, of_user=lambda arm: {}, chats=(512, 2048), scale='quick', seeds=(0, 1, 2)):
     "Evidence in which `accuracy(arm, chats, world, seen)` of the answers are right, `agreement(arm)` are the Assistant's, and columns of `users` are as `of_user(arm)` says, or .5"
     scores, users = [], []
     for arm, n, seed in [('untaught', 0, 0), *((a, n, s) for a in ('oracle', 'bayes') for n in chats for s in seeds)]:
@@ -44,13 +44,13 @@ GOOD = lambda **k: made_up(lambda arm, n, world, seen: LEVEL[arm] if seen else .
 
 def test_a_better_teacher_is_found_better():
     v = verdicts(GOOD())
-    assert all(v[i] is True for i in ('untaught', 'taught', 'bayes-512', 'bayes-2560', 'agreement', 'beliefs', 'consistent', 'brier', 'slope', *(f'transfer-{w}' for w in res.ELSEWHERE)))
+    assert all(v[i] is True for i in ('untaught', 'taught', 'bayes-512', 'bayes-2048', 'agreement', 'beliefs', 'consistent', 'brier', 'slope', *(f'transfer-{w}' for w in res.ELSEWHERE)))
     assert v['bayes-256'] is v['bayes-4096'] is v['real'] is None         # not measured at this scale, or by nobody
 
 
 def test_equal_teachers_are_not_found_different():
     v = verdicts(made_up(lambda arm, n, world, seen: .5 if seen else .35))
-    assert not any(v[i] for i in ('taught', 'bayes-512', 'bayes-2560', 'agreement', 'beliefs', 'consistent', 'brier', 'slope', *(f'transfer-{w}' for w in res.ELSEWHERE)))
+    assert not any(v[i] for i in ('taught', 'bayes-512', 'bayes-2048', 'agreement', 'beliefs', 'consistent', 'brier', 'slope', *(f'transfer-{w}' for w in res.ELSEWHERE)))
 
 
 def test_an_untaught_model_that_learns_from_choices_is_seen():
@@ -59,9 +59,9 @@ def test_an_untaught_model_that_learns_from_choices_is_seen():
 
 def test_sizes_and_worlds_are_kept_apart():
     "Bayes is better at the larger size only, and in one world only"
-    e = made_up(lambda arm, n, world, seen: .75 if arm == 'bayes' and n == 2560 and world in ('flight-4', 'hotel') else .5)
+    e = made_up(lambda arm, n, world, seen: .75 if arm == 'bayes' and n == 2048 and world in ('flight-4', 'hotel') else .5)
     v = verdicts(e)
-    assert v['bayes-512'] is False and v['bayes-2560'] is True and v['transfer-hotel'] is True and v['transfer-flight-2'] is False
+    assert v['bayes-512'] is False and v['bayes-2048'] is True and v['transfer-hotel'] is True and v['transfer-flight-2'] is False
     i = res.over(res.right(e, 'bayes'), res.right(e, 'oracle'))
     assert i.value == pytest.approx(.25, abs=.03) and i.low < .25 < i.high and (i.seeds, i.n) == (3, U)
 

@@ -22,7 +22,7 @@ from ..core.jobs import Watch
 if TYPE_CHECKING:
     import pandas
 
-# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #22aaeaf3
+# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #753f9c3c
 ARMS = ('untaught', *TEACHERS)
 LABELS = {'untaught': 'untaught', 'oracle': 'taught by the oracle', 'bayes': 'taught by Bayes', 'assistant': 'the Assistant'}
 WORLDS = {'flight-4': FlightWorld(), **{f'flight-{n}': FlightWorld(n) for n in (2, 3, 5, 6, 8)}, 'hotel': HotelWorld(), 'shop': ShopWorld('kettle')}
@@ -42,11 +42,11 @@ class Scale:
     size: dict # arguments of `newborn`, beside its own
 
 _TEACH = dict(batch=32, lr=1e-3, warmup_steps=10)
-SCALES = {'quick': Scale((0, 1, 2), (512, 2560), 1, LESSONS, _TEACH | dict(steps=80), (96, 40), (16, 8), ('flight-4', 'flight-2', 'flight-3', 'flight-5', 'hotel'), {}),
-          'full': Scale((0, 1, 2), (256, 1024, 4096), 3, tuple(replace(l, steps=2*l.steps) if l.features[1] > 2 else l for l in LESSONS), _TEACH | dict(steps=192), (144, 64), (24, 10), tuple(WORLDS), {}),
+SCALES = {'quick': Scale((0, 1, 2), (512, 2048), 1, LESSONS, _TEACH | dict(steps=64), (72, 32), (12, 8), ('flight-4', 'flight-2', 'flight-3', 'flight-5', 'hotel'), {}),
+          'full': Scale((0, 1, 2), (256, 1024, 4096), 3, tuple(replace(l, steps=2*l.steps) if l.features[1] > 2 else l for l in LESSONS), _TEACH | dict(steps=192), (120, 56), (20, 10), tuple(WORLDS), {}),
           'test': Scale((0, 1), (16, 32), 1, (Lesson((1, 2), (1, 1), 8, 4), Lesson((2, 4), (2, 3), 4, 2)), dict(batch=8, lr=1e-3, steps=2, warmup_steps=1), (4, 3), (3, 2), tuple(WORLDS), dict(hidden_size=16, layers=1, heads=2, intermediate_size=32))}
 
-# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #cc27e28c
+# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #75437ae9
 @dataclass(frozen=True)
 class Trial(core.Job):
     "One process: a school; or an arm, with a size of its teaching set and a seed"
@@ -81,8 +81,8 @@ def _work(job:Trial)->None:
     "Learn what there is to learn, unless that was finished before, and answer"
     import torch
     from rlcr_suite.core.lm import load, save
-    torch.set_num_threads(1)                                         # its matrices are too small to be shared
     s = SCALES[job.scale]
+    torch.set_num_threads(2 if job.arm == 'school' and s.schools == 1 else 1)   # all others wait for the only school; otherwise every core has a job of its own
     if job.arm == 'school': return save(*_schooled(job, s), job.model) and None
     if job.arm == 'assistant': return _write(job, None, s)
     if job.chats and not job.model.exists(): save(*_taught(job, s), job.model)

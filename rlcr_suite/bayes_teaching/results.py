@@ -20,9 +20,9 @@ from .assistant import Assistant
 from .experiment import Evidence, read_evidence
 from .world import FlightWorld, HotelWorld, World
 
-# %% ../../nbs/07_bayes_teaching/10_results.ipynb #43dec1e0
+# %% ../../nbs/07_bayes_teaching/10_results.ipynb #6b961738
 MORE, LESS = Rule('>', 0., on='low'), Rule('<', 0., on='high')
-SIZES = {'quick': (512, 2560), 'full': (256, 1024, 4096)} # conversations
+SIZES = {'quick': (512, 2048), 'full': (256, 1024, 4096)} # conversations
 ELSEWHERE = {'flight-2': 'flights with two features', 'flight-3': 'flights with three', 'flight-5': 'flights with five', 'flight-6': 'flights with six', 'flight-8': 'flights with eight', 'hotel': 'hotels', 'shop': 'things to buy'}
 
 def _claim(id:str, text:str, rule:Rule, source:str, kind:str='measurement')->Claim:

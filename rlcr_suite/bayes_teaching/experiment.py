@@ -46,7 +46,7 @@ SCALES = {'quick': Scale((0, 1, 2), (512, 2048), 1, LESSONS, _TEACH | dict(steps
           'full': Scale((0, 1, 2), (256, 1024, 4096), 3, tuple(replace(l, steps=2*l.steps) if l.features[1] > 2 else l for l in LESSONS), _TEACH | dict(steps=192), (120, 56), (20, 10), tuple(WORLDS), {}),
           'test': Scale((0, 1), (16, 32), 1, (Lesson((1, 2), (1, 1), 8, 4), Lesson((2, 4), (2, 3), 4, 2)), dict(batch=8, lr=1e-3, steps=2, warmup_steps=1), (4, 3), (3, 2), tuple(WORLDS), dict(hidden_size=16, layers=1, heads=2, intermediate_size=32))}
 
-# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #75437ae9
+# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #4d13cf06
 @dataclass(frozen=True)
 class Trial(core.Job):
     "One process: a school; or an arm, with a size of its teaching set and a seed"
@@ -70,7 +70,7 @@ class Trial(core.Job):
     def work(self)->None: _work(self)
     def progress(self)->dict[str, float]:
         s = SCALES[self.scale]
-        if self.arm == 'school': parts = [(self.dir/'sft'/f'lesson-{i}', l.steps) for i, l in enumerate(s.lessons)]
+        if self.arm == 'school': parts = [(max(self.dir.glob(f'sft/lesson-{i}-*'), default=self.dir), l.steps) for i, l in enumerate(s.lessons)]   # the last time a lesson was given
         elif self.chats: parts = [(self.dir/'sft', s.teaching['steps'])]
         else: return dict(step=int(self.done), total=1)
         logs, total = [core.journal(d) for d, _ in parts], sum(n for _, n in parts)

@@ -46,7 +46,7 @@ SCALES = {'quick': Scale((0, 1, 2), (512, 2048), 1, LESSONS, _TEACH | dict(steps
           'full': Scale((0, 1, 2), (256, 1024, 4096), 3, tuple(replace(l, steps=2*l.steps) if l.features[1] > 2 else l for l in LESSONS), _TEACH | dict(steps=192), (120, 56), (20, 10), tuple(WORLDS), {}),
           'test': Scale((0, 1), (16, 32), 1, (Lesson((1, 2), (1, 1), 8, 4), Lesson((2, 4), (2, 3), 4, 2)), dict(batch=8, lr=1e-3, steps=2, warmup_steps=1), (4, 3), (3, 2), tuple(WORLDS), dict(hidden_size=16, layers=1, heads=2, intermediate_size=32))}
 
-# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #4d13cf06
+# %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #edf7311e
 @dataclass(frozen=True)
 class Trial(core.Job):
     "One process: a school; or an arm, with a size of its teaching set and a seed"
@@ -82,7 +82,7 @@ def _work(job:Trial)->None:
     import torch
     from rlcr_suite.core.lm import load, save
     s = SCALES[job.scale]
-    torch.set_num_threads(2 if job.arm == 'school' and s.schools == 1 else 1)   # all others wait for the only school; otherwise every core has a job of its own
+    torch.set_num_threads(1)                                         # its matrices are too small to be shared, and on one core a seed is a result
     if job.arm == 'school': return save(*_schooled(job, s), job.model) and None
     if job.arm == 'assistant': return _write(job, None, s)
     if job.chats and not job.model.exists(): save(*_taught(job, s), job.model)

@@ -138,7 +138,7 @@ def newborn(tok, # from `tokenizer`
     for i in '12345': E[vocab[' ' + i]] = E[vocab[i]]               # a space before a digit makes it another token, but the same digit
     return model
 
-# %% ../../nbs/07_bayes_teaching/06_teach.ipynb #10245e64
+# %% ../../nbs/07_bayes_teaching/06_teach.ipynb #307ae1ec
 @dataclass(frozen=True)
 class Lesson:
     "A stretch of school."
@@ -151,7 +151,7 @@ class Lesson:
     exam: float = math.inf # loss, in nats a learned token over the last fifty steps, above which the lesson is given again with other conversations, twice at most
 
 LESSONS = (Lesson((1, 1), (1, 1), 32, 120, .3, 1.), Lesson((1, 1), (1, 1), 32, 200, .3, .3), Lesson((1, 2), (1, 1), 32, 300, .3), Lesson((2, 3), (1, 1), 40, 350, .3),
-           Lesson((2, 4), (1, 1), 40, 550, .3, exam=.3), Lesson((2, 4), (2, 6), 8, 300, .3))
+           Lesson((2, 4), (1, 1), 40, 550, .3, exam=.3), Lesson((2, 4), (2, 6), 8, 300, .3, exam=.35))
 PASSES = 2 # times that school goes through the conversations of a lesson
 SLIPS = .15 # share of answers in school that are wrong, are called so, and are not learned
 
@@ -199,13 +199,13 @@ def _unlearned(ds: 'Dataset', slips: Sequence[Sequence[bool]], eos: int) -> 'Dat
         labels.append(new)
     return Dataset.from_dict(dict(input_ids=ds['input_ids'][:], labels=labels))
 
-def _lesson_loss(model, tok, l: Lesson, path: Path, lr: list[float], seed: tuple[int, int]) -> float:
+def _lesson_loss(model, tok, l: Lesson, path: Path, lr: list[float], seed: tuple[int, int], first: bool) -> float:
     "Give a lesson; its loss over the last fifty steps. The learning rate goes from one to the other along a line"
     from rlcr_suite.core.jobs import journal
     from rlcr_suite.core.sft import sft
     ds = school_set(replace(l, steps=-(-l.steps//PASSES)), tok, seed[0] + 1000*seed[1])
     sft(model, tok, ds, path, l.steps, l.batch, lr[0], seed[0], train_sampling_strategy='sequential', lr_scheduler_type='polynomial', lr_scheduler_kwargs=dict(lr_end=lr[1], power=1.),
-        warmup_steps=min(30, l.steps//2), save_steps=l.steps, save_total_limit=1, logging_steps=min(10, l.steps))
+        warmup_steps=30 if first else 0, save_steps=l.steps, save_total_limit=1, logging_steps=min(10, l.steps))
     return float(np.mean([r['loss'] for r in journal(path) if 'loss' in r][-5:]))
 
 def school(tok, # from `tokenizer`
@@ -219,6 +219,6 @@ def school(tok, # from `tokenizer`
     model, total, done = newborn(tok, seed, **size), sum(l.steps for l in lessons), 0
     for i, l in enumerate(lessons):
         for again in range(3):
-            if _lesson_loss(model, tok, l, Path(output_dir)/f'lesson-{i}-{again}', [lr*(1 - .7*x/total) for x in (done, done + l.steps)], (seed, again)) <= l.exam: break
+            if _lesson_loss(model, tok, l, Path(output_dir)/f'lesson-{i}-{again}', [lr*(1 - .7*x/total) for x in (done, done + l.steps)], (seed, again), not i) <= l.exam: break
         done += l.steps
     return model

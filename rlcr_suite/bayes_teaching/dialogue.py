@@ -192,7 +192,7 @@ class AssistantChat:
         p = belief.predictive(np.array([found]))[0, 0]
         return np.log(np.maximum(p[[parse_choice(o, self.world.noun) for o in options]], 1e-12))
 
-# %% ../../nbs/07_bayes_teaching/03_dialogue.ipynb #8bfc6ea7
+# %% ../../nbs/07_bayes_teaching/03_dialogue.ipynb #7191d6dc
 def _common(rows: Sequence[Sequence[int]]) -> int:
     "How many leading tokens all rows share, leaving each at least one"
     shortest = min(map(len, rows)) - 1
@@ -200,13 +200,12 @@ def _common(rows: Sequence[Sequence[int]]) -> int:
 
 def _next_token(chat: LocalChat, groups: list[list[list[int]]], ids: list[int]) -> list[np.ndarray]:
     "Log-probability of tokens `ids` after every row; rows of a group are run from their common beginning"
-    import inspect, torch
-    from rlcr_suite.core.lm import left_pad
+    import torch
+    from rlcr_suite.core.lm import _last, _pad_id, left_pad
     G, device = max(map(len, groups)), chat.model.device
-    last = {'logits_to_keep': 1} if 'logits_to_keep' in inspect.signature(chat.model.forward).parameters else {} # logits of a long text are large
+    last, pad = _last(chat.model, 1), _pad_id(chat.tok)              # logits of a long text are large
     cut = [_common(g) for g in groups]
     if min(cut) == 0: raise ValueError('rows of a group have no common beginning')
-    pad = next((i for i in (chat.tok.pad_token_id, chat.tok.eos_token_id) if i is not None), 0)
     x, mask, pos = (t.to(device) for t in left_pad([g[0][:c] for g, c in zip(groups, cut)], pad))
     cache = chat.model(input_ids=x, attention_mask=mask, position_ids=pos, use_cache=True, **last).past_key_values
     cache.batch_repeat_interleave(G)

@@ -6,7 +6,7 @@
 __all__ = ['MORE', 'LESS', 'SIZES', 'ELSEWHERE', 'CLAIMS', 'GOLDEN', 'AFTER_FIVE', 'OURS', 'stored', 'golden', 'after_five',
            'largest', 'right', 'of_user', 'over', 'slope', 'decide', 'publish']
 
-# %% ../../nbs/07_bayes_teaching/10_results.ipynb #fe941a79
+# %% ../../nbs/07_bayes_teaching/10_results.ipynb #29d30bfb
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -17,12 +17,12 @@ from ..core.records import Claim, Rule
 from ..core.stats import Interval, bootstrap, seed_bootstrap
 from ..core.trials import exact
 from .assistant import Assistant
-from .experiment import Evidence, read_evidence
+from .experiment import SCALES, Evidence, read_evidence
 from .world import FlightWorld, HotelWorld, World
 
-# %% ../../nbs/07_bayes_teaching/10_results.ipynb #6b961738
+# %% ../../nbs/07_bayes_teaching/10_results.ipynb #894014f2
 MORE, LESS = Rule('>', 0., on='low'), Rule('<', 0., on='high')
-SIZES = {'quick': (512, 2048), 'full': (256, 1024, 4096)} # conversations
+SIZES = sorted({n for s in ('quick', 'full') for n in SCALES[s].chats}) # conversations
 ELSEWHERE = {'flight-2': 'flights with two features', 'flight-3': 'flights with three', 'flight-5': 'flights with five', 'flight-6': 'flights with six', 'flight-8': 'flights with eight', 'hotel': 'hotels', 'shop': 'things to buy'}
 
 def _claim(id:str, text:str, rule:Rule, source:str, kind:str='measurement')->Claim:
@@ -34,7 +34,7 @@ CLAIMS = (
     _claim('domains', 'So it is after five rounds for flights with 2, 3 and 5 features and for hotels (largest difference)', Rule('abs<=', .01), 'section 4', 'analysis'),
     _claim('untaught', 'An untaught model barely gains from choices (accuracy after five rounds minus after one)', Rule('<', .05, on='high'), 'section 2'),
     _claim('taught', 'Taught by Bayes it gains (accuracy after five rounds, taught minus untaught, largest set)', MORE, 'section 3'),
-    *(_claim(f'bayes-{n}', f'Bayesian teaching beats oracle teaching with {n} conversations (accuracy after five rounds, Bayes minus oracle)', MORE, 'section 3, data efficiency') for n in sorted({*SIZES['quick'], *SIZES['full']})),
+    *(_claim(f'bayes-{n}', f'Bayesian teaching beats oracle teaching with {n} conversations (accuracy after five rounds, Bayes minus oracle)', MORE, 'section 3, data efficiency') for n in SIZES),
     _claim('agreement', 'It agrees more with the Assistant (agreement after five rounds, Bayes minus oracle, largest set)', MORE, 'section 3'),
     *(_claim(f'transfer-{w}', f'It carries over better to {name} (accuracy after five rounds, Bayes minus oracle, largest set)', MORE, 'section 4, generalisation') for w, name in ELSEWHERE.items()),
     _claim('beliefs', 'Acting on the beliefs that it states is better than acting on those of the untaught model (accuracy, taught by Bayes minus untaught)', MORE, 'section 4, verbalised beliefs'),
@@ -113,7 +113,7 @@ def slope(e:Evidence, arm:str, minus:float=0.)->Interval:
     xy, xx = of_user(e, arm, 'xy'), of_user(e, arm, 'xx')
     return bootstrap(f, xy[0], xx[0], n_boot=1000) if len(xy) == 1 else seed_bootstrap(f, (xy, xx), n_boot=1000)
 
-# %% ../../nbs/07_bayes_teaching/10_results.ipynb #07cae943
+# %% ../../nbs/07_bayes_teaching/10_results.ipynb #03d9439a
 def _if(f:Callable)->Callable: # of the evidence
     "None where a part was not measured"
     def number(e:Evidence)->Interval|None:
@@ -128,7 +128,7 @@ def _better(what:str='right', **k)->Callable: return _if(lambda e: over(right(e,
 OURS: dict[str, Callable] = {
     'golden': _golden, 'domains': _domains,
     'untaught': _if(lambda e: over(right(e, 'untaught') - right(e, 'untaught', 1))), 'taught': _if(lambda e: over(right(e, 'bayes'), right(e, 'untaught'))),
-    **{f'bayes-{n}': _better(chats=n) for n in sorted({*SIZES['quick'], *SIZES['full']})}, 'agreement': _better('agree'),
+    **{f'bayes-{n}': _better(chats=n) for n in SIZES}, 'agreement': _better('agree'),
     **{f'transfer-{w}': _better(world=w) for w in ELSEWHERE},
     'beliefs': _if(lambda e: over(of_user(e, 'bayes', 'implied'), of_user(e, 'untaught', 'implied'))), 'consistent': _if(lambda e: over(of_user(e, 'bayes', 'match'), of_user(e, 'oracle', 'match'))),
     'brier': _if(lambda e: over(of_user(e, 'bayes', 'brier'), of_user(e, 'oracle', 'brier'))), 'slope': _if(lambda e: slope(e, 'oracle', 1.))}

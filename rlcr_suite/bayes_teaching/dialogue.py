@@ -79,8 +79,9 @@ class Talk:
                  world: World, # what is chosen
                  style: str = 'sentence', # or "terse"
                  stated: np.ndarray | None = None, # (F,) tastes that the user gives away
+                 known: World | None = None, # whose features the user speaks of at the beginning; those of `world` by default
                 ):
-        self.world, self.style, self.messages, self.said_next = world, style, [], opening(world, style, stated)
+        self.world, self.style, self.messages, self.said_next = world, style, [], opening(known or world, style, stated)
 
     def _open(self, text: str) -> list[dict]: # messages
         return [*self.messages, {'role': 'user', 'content': f'{self.said_next}\n{text}' if self.style == 'terse' else f'{self.said_next}\n\n{text}'}]

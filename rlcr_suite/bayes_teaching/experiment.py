@@ -7,7 +7,7 @@ __all__ = ['ARMS', 'LABELS', 'WORLDS', 'ROUNDS', 'TEST_SEED', 'SCALES', 'TABLES'
            'of_users', 'jobs', 'run', 'Evidence', 'collect', 'write_evidence', 'read_evidence']
 
 # %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #d6ad6015
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import math
@@ -72,6 +72,10 @@ class Trial(core.Job):
     def done(self)->bool: return (self.model if self.arm == 'school' else self.dir/'scores.parquet').exists()
     @property
     def label(self)->str: return LABELS.get(self.arm, self.arm) + (f', {self.chats} conversations' if self.chats else '') + f', seed {self.seed}'
+    @property
+    def spec(self)->dict: # what its scale stands for, too
+        plan = {k: v for k, v in asdict(SCALES[self.scale]).items() if k != 'seeds'}
+        return super().spec | dict(plan=plan, rounds=ROUNDS, test_seed=TEST_SEED)
     def work(self)->None: _work(self)
     def progress(self)->dict[str, float]:
         s = SCALES[self.scale]
@@ -198,9 +202,8 @@ def collect(scale:str, # a key of `SCALES`
             root:str|Path, # folder of a finished experiment
             seconds:float|None=None, # what `run` took, if it was measured in one go
            )->Evidence:
-    "Gather what the jobs left. Raises `ValueError` if one is not done"
+    "Gather what the jobs left. Raises `ValueError` if one is not done, or was made by another plan"
     import pandas as pd
-    from rlcr_suite.core.records import stamp
     todo = jobs(scale, root)
     core.need_done(todo, root)
     read = lambda name: pd.concat([pd.read_parquet(j.dir/f'{name}.parquet') for j in todo if (j.dir/f'{name}.parquet').exists()], ignore_index=True)
@@ -209,7 +212,7 @@ def collect(scale:str, # a key of `SCALES`
     tables = dict(scores=read('scores'), users=read('users'), curves=curves)
     for t in tables.values():
         for c in {'arm', 'world'} & {*t}: t[c] = t[c].astype('category')
-    return Evidence(**tables, about=dict(scale=scale, seconds=seconds) | stamp())
+    return Evidence(**tables, about=dict(scale=scale, seconds=seconds) | core.made_with(todo))
 
 def write_evidence(e:Evidence, # from `collect`
                    path:str|Path, # folder

@@ -53,7 +53,9 @@ def Step(tmp_path, monkeypatch):
     return lambda name, **kw: stepping.Step(str(tmp_path/'run'), name, **kw)
 
 
-def begun(job): return [l.split() for l in (Path(job.root)/'begun').read_text().splitlines()]
+def begun(job): # the words of each line; none as long as the file is not there, or still empty
+    file = Path(job.root)/'begun'
+    return [l.split() for l in file.read_text().splitlines()] if file.exists() else []
 def alive(pid):
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
@@ -98,7 +100,7 @@ def test_failure_is_raised_after_the_others_have_finished_and_stops_later_stages
 def test_interrupt_ends_what_runs(Step):
     slow, next_ = Step('slow', seconds=60), Step('next')
     def watch(rows):
-        if (Path(slow.root)/'begun').exists(): raise KeyboardInterrupt
+        if begun(slow): raise KeyboardInterrupt
     t = time.monotonic()
     with pytest.raises(KeyboardInterrupt): run([[slow, next_]], workers=1, watch=watch)
     assert time.monotonic() - t < 30
@@ -112,7 +114,7 @@ def test_a_job_dies_with_its_parent(Step, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(tmp_path/'lib')!r}); from stepping import Step; from rlcr_suite.core.jobs import run; run([[Step({str(tmp_path/'run')!r}, 'orphan', seconds=60)]])"
     parent = subprocess.Popen([sys.executable, '-c', code])
     try:
-        until(lambda: (tmp_path/'run'/'begun').exists())
+        until(lambda: begun(job))
         pid = int(begun(job)[0][1])
         assert alive(pid)
     finally:
@@ -131,7 +133,7 @@ def test_two_processes_never_work_in_one_folder(Step):
 def test_a_killed_job_leaves_no_lock(Step):
     slow = Step('slow', seconds=60)
     p = start(slow)
-    until(lambda: (Path(slow.root)/'begun').exists())
+    until(lambda: begun(slow))
     p.kill(); p.join()
     quick = Step('slow') # the same folder
     here(quick)

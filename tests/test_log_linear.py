@@ -380,6 +380,32 @@ class TestFaults:
         with pytest.raises(ValueError, match="has 65"): step(S, *(y[:, 0] for y in last[:5]), beta=None if last[5] is None else last[5][:, 0])
         with pytest.raises(ValueError, match="2 levels hold 2 tokens"): run(inputs(7, delta, L=2), cu_seqlens=torch.tensor([0, 2, 5, 7]), backend=backend)
 
+    @BOTH
+    def test_too_few_levels_are_an_error_on_any_device(self, delta):
+        "The length is known to the host, so that no assertion of the device is needed; the meta device stands for a GPU"
+        x = [y if y is None else y.to("meta") for y in inputs(65, delta, L=7)]
+        with pytest.raises(ValueError, match="7 levels hold 64 tokens, but the sequence has 65"): run(x, backend="torch")
+
+    @BOTH
+    def test_what_is_not_alike(self, delta):
+        "Types and devices; of the step too, and of the linear form"
+        x = inputs(8, delta, L=5)
+        def one(x): return step(None, *(y[:, 0] for y in x[:5]), beta=None if x[5] is None else x[5][:, 0])
+        def linear(x): return linear_attention(*x[:4], beta=x[5])
+        for change, said in (((0, torch.float32), "one floating-point type; got torch.float32, torch.float64 and torch.float64"), ((3, torch.long), "g must have a floating-point type"),
+                             ((2, "meta"), "must be on one device; got q on cpu, k on cpu, v on meta")):
+            y = list(x)
+            y[change[0]] = y[change[0]].to(change[1])
+            for f in (run, one, linear):
+                with pytest.raises(ValueError, match=said): f(y)
+        _, S = run(x, return_state=True)
+        with pytest.raises(ValueError, match="initial_state on meta"): run(x, initial_state=LogLinearState(S.S.to("meta"), S.t))
+
+    def test_no_heads(self):
+        for G, H in ((0, 2), (1, 0)):
+            with pytest.raises(ValueError, match=f"G = {G}, H = {H}"): run(inputs(4, G=G, H=H))
+        with pytest.raises(ValueError, match="multiple of the 0 heads"): step(None, *(y[:, 0] for y in inputs(4, G=0)[:5]))
+
     @pytest.mark.parametrize("change, said", [
         (dict(q=(1, 8, 2, 4)), "k must have the shape"), (dict(v=(1, 7, 2, 6)), "v must have the shape"), (dict(v=(1, 8, 3, 6)), "multiple of the 2 heads"),
         (dict(g=(1, 8, 1)), "g must have the shape"), (dict(lam=(1, 8, 2)), "lam must have the shape"), (dict(beta=(1, 8, 2, 1)), "beta must have the shape"),

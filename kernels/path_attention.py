@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from ..core.blocks import check_shapes, sequences
 from .interpreter import why_not_here
 
-__all__ = ['CHUNK', 'aot_cases', 'path_attention', 'path_attention_decode', 'supports', 'why_not']
+__all__ = ['CHUNK', 'aot_cases', 'path_attention', 'path_attention_decode', 'supports', 'supports_decode', 'why_not', 'why_not_decode']
 
 CHUNK = 64                 # tokens a leaf
 LOG2E = math.log2(math.e)  # kernels work with exp2
@@ -897,6 +897,21 @@ def _decode_step(BD: int, BV: int) -> int: return 64 if max(BD, BV) <= 64 else 3
 @lru_cache(maxsize=64)
 def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor: return torch.tensor(numbers, dtype=torch.int32, device=device)
 
+def why_not_decode(keys: torch.Tensor, # (B, S, H, D)
+                   values: torch.Tensor, # (B, S, H, V)
+                  ) -> str: # the reason, or "" where the kernel does it
+    "Why the kernel does not decode from a cache of these tensors"
+    if reason := why_not_here(_decode_kernel, keys): return reason
+    if keys.dtype != values.dtype or keys.dtype not in DTYPES: return f"keys and values must be of one type, float16, bfloat16 or float32, got {keys.dtype} and {values.dtype}"
+    if max(keys.shape[-1], values.shape[-1]) > 128: return f"head dims of at most 128, got {keys.shape[-1]} and {values.shape[-1]}"
+    return ""
+
+def supports_decode(keys: torch.Tensor, # (B, S, H, D)
+                    values: torch.Tensor, # (B, S, H, V)
+                   ) -> bool: # what is refused is for plain matrix products
+    "Whether the kernel decodes from a cache of these tensors; `why_not_decode` says why it does not"
+    return not why_not_decode(keys, values)
+
 def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled, R query heads a key head: carried back to each of P parts, oldest first
                           keys: torch.Tensor, # (B, S, H, D) slots, each carried on to the end of its part
                           values: torch.Tensor, # (B, S, H, V)
@@ -909,8 +924,8 @@ def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled,
                           splits: int | None = None, # programs that share a head's slots; None fills the GPU
                          ) -> torch.Tensor: # (B, H, R, V) fp32
     """Attention of one token: transforms still pending act on its queries, and the cache is read once, in its own dtype. What
-    `rlcr_suite.path_attention.PathCache` holds fits as it is. Raises `ValueError` if shapes do not."""
-    if reason := why_not_here(_decode_kernel, keys): raise ValueError(reason)
+    `rlcr_suite.path_attention.PathCache` holds fits as it is. Raises `ValueError` if shapes do not, and for what `why_not_decode` names."""
+    if reason := why_not_decode(keys, values): raise ValueError(reason)
     if (c is None) != (total is None): raise ValueError("c and total are given together, or neither")
     n = check_shapes(queries=(queries, "P B H R D"), keys=(keys, "B S H D"), values=(values, "B S H V"), recent=(recent, "B W H D"),
                      valid=(valid, "B S"), c=(c, "B S HQ"), total=(total, "B HQ"))
@@ -920,7 +935,6 @@ def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled,
     if len(bounds) != P + 1 or bounds[0] or any(a > b for a, b in zip(bounds, bounds[1:])) or not 0 < slots <= S:
         raise ValueError(f"bounds must rise from 0 to at most {S} in {P + 1} numbers, got {list(bounds)}")
     if recent is not None and slots - bounds[-2] > W: raise ValueError(f"the last part has {slots - bounds[-2]} tokens, but recent has room for {W}")
-    if max(D, V) > 128: raise ValueError(f"head dims of at most 128, got {D} and {V}")
     queries, keys, values = queries.float().contiguous(), keys.contiguous(), values.contiguous()
     valid = torch.ones(1, dtype=torch.uint8, device=keys.device).expand(B, S).contiguous() if valid is None else valid.contiguous().view(torch.uint8)
     bounds, P = tuple(bounds) if recent is None else tuple(bounds[:-1]), P - (recent is not None)

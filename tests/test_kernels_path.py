@@ -193,6 +193,13 @@ def refused(device):
     attempt('bounds', path_attention_decode, **look | dict(bounds=[0, 10]))
     attempt('room', path_attention_decode, **look, recent=torch.zeros(1, 8, 1, 16, device=device))
     attempt('total', path_attention_decode, **look, total=torch.zeros(1, 2, device=device))
+    attempt('decode width', path_attention_decode, **look | dict(queries=torch.zeros(2, 1, 1, 2, 160, device=device), keys=wide[0]))
+    attempt('decode types', path_attention_decode, **look | dict(values=v[:1].half()))
+    def cached(D):
+        from rlcr_suite.path_attention.cache import PathCache
+        one = torch.zeros(1, 1, 1, D, device=device)
+        PathCache(backend='triton').step(one, one, one, one, one[..., 0])
+    attempt('cache width', cached, 160)
     words['narrow'] = why_not(q, k, v[..., :8], w, beta)
     return dict(words=words, wide=supports(*wide, beta[:1, :4]), fits=supports(*x), empty=path_attention(*(t[:, :0] for t in x)).shape == (2, 0, 2, 16))
 
@@ -271,7 +278,7 @@ def test_refusals(measured):
     assert 'failed' not in got, got['failed']
     said = dict(shape='w must have the shape', group='multiple of the key heads', dtype='float64', chunk='chunk must be 16, 32 or 64, got 48',
                 width='at most 128, got 160', packed='needs B = 1', lengths='end with T = 20', bounds='in 3 numbers, got [0, 10]',
-                room='room for 8', total='together, or neither', narrow='as wide as keys, got 8 and 16')
+                room='room for 8', total='together, or neither', **{'decode width': 'at most 128, got 160 and 16', 'decode types': 'one type, float16', 'cache width': 'at most 128, got 160'}, narrow='as wide as keys, got 8 and 16')
     assert set(got['words']) == set(said)
     for name, words in said.items(): assert words in got['words'][name], (name, got['words'][name])
     assert got['fits'] and got['empty'] and not got['wide']

@@ -414,3 +414,30 @@ def test_cache_errors():
     with pytest.raises(ValueError, match="one token"): cache.step(*x)
     with pytest.raises(ValueError, match="begun with a gate"): cache.step(*part(x[:5], slice(0, 1)))
     with pytest.raises(ValueError, match="cache holds"): cache.step(*part(inputs(2, 1, 2, 1, 3), slice(0, 1)))
+    with pytest.raises(ValueError, match="backend must be one of auto, naive, torch, triton; got 'flash'"): PathCache(backend="flash")
+    with pytest.raises(ValueError, match="256"): PathCache().step(*inputs(1, 1, 1, 1, 257))
+    y = inputs(1, 1, 2, 1, 3)
+    with pytest.raises(ValueError, match="one floating-point type"): PathCache().step(y[0].float(), *y[1:])
+
+class OnGPU(torch.Tensor):
+    "A tensor that says it is on a GPU"
+    is_cuda = True
+
+def test_what_decodes(monkeypatch):
+    "`auto` asks the kernels only for a cache on a GPU, and does without them where Triton is not installed"
+    x, asked = part(inputs(1, 1, 2, 1, 3), slice(0, 1)), []
+    cache = PathCache()
+    cache.step(*x)
+    there = cache.state._replace(k=cache.state.k.as_subclass(OnGPU))
+    class Kernels:
+        @staticmethod
+        def supports_decode(k, v):
+            asked.append((k, v))
+            return len(asked) == 1
+    def missing(): raise ImportError("no triton")
+    plain, by_kernel = cache_module._attend, cache_module._attend_by_kernel
+    monkeypatch.setattr(cache_module, "_kernels", Kernels)
+    found = [cache_module._attend_for(s, b) for s, b in ((cache.state, "auto"), (there, "auto"), (there, "auto"), (there, "torch"), (there, "naive"), (cache.state, "triton"))]
+    assert found == [plain, by_kernel, plain, plain, plain, by_kernel] and len(asked) == 2
+    monkeypatch.setattr(cache_module, "_kernels", missing)
+    assert cache_module._attend_for(there, "auto") is plain

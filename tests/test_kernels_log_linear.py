@@ -165,7 +165,6 @@ def check_fla(T):
     compare([q, k, v, g, beta], lambda q, k, v, g, beta: kernel(chunk=16)(q, k, v, g, ones, beta), FORWARD, BACKWARD, flat)
 
 def test_equals_public_naive_functions(interpreted):
-    pytest.importorskip("fla")
     interpreted(check_fla, 20)
 
 # -------------------------------------------------------------------------------------------------------------- packed sequences

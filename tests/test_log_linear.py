@@ -362,6 +362,20 @@ class TestPrecision:
         finally: torch.use_deterministic_algorithms(was)
         for a, b in zip(got, want): assert torch.equal(a, b)
 
+    @pytest.mark.parametrize("K, V", [(16, 16), (32, 16)])
+    def test_memory_of_the_delta_form(self, K, V):
+        """Its plain operations keep O(T log T) numbers: at each level, for every token, its query once more (K); and for the half of them whose block is right-hand
+        there, that query again (K/2), what is read and what it adds (V), and a few scalars"""
+        def kept(T):
+            x, found = [y.requires_grad_() for y in inputs(T, True, G=1, H=1, K=K, V=V, L=12, dtype=torch.float32)], {}
+            def keep(y):
+                found[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()//4, y     # held, so that no address is used twice
+                return y
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y): run(x)
+            return sum(n for n, _ in found.values())/T
+        a_level = kept(2048) - kept(1024)
+        assert .75*(1.5*K + V) <= a_level <= 1.5*K + V + 4
+
     def test_memory_is_linear(self):
         "What the backward pass keeps besides the inputs: one K x V state a block of 64, and a few for groups"
         def kept(T):

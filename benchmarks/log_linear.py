@@ -13,7 +13,8 @@ from rlcr_suite.log_linear.fenwick import levels_of
 H, D = 4, 64
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 QUICK = (512,)
-LONGEST = dict(log_linear=65536, log_linear_delta=16384, sdpa=16384, naive=2048)   # the delta form keeps O(T log T) numbers for its gradient; the last two grow with the square of the length: beyond this they cost minutes, or memory
+# the delta form keeps O(T log T) numbers for its gradient
+LONGEST = dict(log_linear=65536, log_linear_delta=16384, sdpa=16384, naive=2048)   # the last two grow with the square of the length: beyond this they cost minutes, or memory
 
 def inputs(T:int, seed:int, device:str)->tuple[torch.Tensor, ...]:
     "q, k, v, g, lam as a layer makes them: (B, T, H, D)"

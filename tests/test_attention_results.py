@@ -226,7 +226,8 @@ def test_the_ends_of_an_exponent_are_those_of_any_choice_of_repeats():
 
 def gpu_record(paper, fla, ours='measured', deterministic=True):
     "Rows as benchmarks/gpu.py writes them; `fla`: times faster, by measure"
-    rows = [dict(name=f'{paper} {m}', case=dict(T=65536), contenders=dict(rlcr_suite=dict(status=ours)), times_faster={'fla': x, 'sdpa': .1} if x else {'sdpa': .1}) for m, xs in fla.items() for x in xs]
+    rows = [dict(name=f'{paper} {m}', case=dict(T=65536), contenders=dict(rlcr_suite=dict(status=ours)),
+                 times_faster={'fla': x, 'sdpa': .1} if x else {'sdpa': .1}) for m, xs in fla.items() for x in xs]
     rows.append(dict(name=f'{paper} training', case=dict(T=65536), times_faster={}, contenders=dict(rlcr_suite=dict(status=ours, deterministic=deterministic))))
     return dict(device='a-gpu', repeats=7, stamp=STAMP, evidence='benchmarks/results/a-gpu/gpu.json', results=rows)
 

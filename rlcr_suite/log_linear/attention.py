@@ -484,7 +484,8 @@ def log_linear_attention(q: torch.Tensor, # (B, T, G, K) queries
                          backend: str = "auto", # "naive" (the definition), "torch", "triton", or "auto": see `backend_for`
                         ) -> torch.Tensor | tuple[torch.Tensor, LogLinearState]: # (B, T, H, V) in the type of `v`, and the state
     """Log-linear attention (Guo et al. 2025), causal, of any length: O(T log T) time, O(T) memory (delta form: O(T log T)). Sums in float32 at least. Gradients reach every
-    input and the initial state; on a CPU, and from the kernels, they are the same bits at every run (torch on a GPU sums in no fixed order). The triton backend takes bfloat16 and float32 and keys of at most 256; its delta form neither continues a
+    input and the initial state; on a CPU, and from the kernels, they are the same bits at every run (torch on a GPU sums
+    in no fixed order). The triton backend takes bfloat16 and float32 and keys of at most 256; its delta form neither continues a
     state nor has gradients through the one it returns (`auto` takes torch there). Raises `ValueError` on shapes, types and devices that do not fit, on sequences longer than
     the levels of `lam` hold, and on a backend that cannot take the inputs."""
     _check(q, k, v, g, lam, beta, initial_state, cu_seqlens)

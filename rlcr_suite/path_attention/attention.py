@@ -474,7 +474,8 @@ def path_attention(q: torch.Tensor, # (B, T, HQ, D) queries
                   ) -> torch.Tensor: # (B, T, HQ, V)
     """PaTH attention [@yang2025path], for any T. Differentiable once (the naive backend arbitrarily often); the gradient needs O(T log T) memory and is,
     on a CPU and from the kernels, the same bits at every run (torch on a GPU makes running sums in no fixed order). w, beta and gate may be of another floating-point type than q, k, v.
-    The kernels (triton) take float16, bfloat16 and float32, heads of at most 128, and values as wide as keys; `auto` takes torch for all else, up to 256. Raises `ValueError` for shapes, types or a backend that do not fit."""
+    The kernels (triton) take float16, bfloat16 and float32, heads of at most 128, and values as wide as keys; `auto` takes torch for all else,
+    up to 256. Raises `ValueError` for shapes, types or a backend that do not fit."""
     _check(q, k, v, w, beta, gate, backend)
     scale = q.shape[-1]**-.5 if scale is None else float(scale)
     if backend == "auto": backend = backend_for(q, k, v, w, beta, gate)

@@ -197,7 +197,8 @@ def _through(k: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
 class PathCache:
     """Key-value cache of PaTH attention. `prefill` takes a prompt (or more of it), `step` one token; both return the attention output. A prompt's attention is computed by `backend`,
     and a token's by the kernel where that is "triton" (or "auto" on a GPU) and heads are of at most 128, else by plain matrix products. What continues a cache that already
-    holds something is always computed by the torch form: the others begin from nothing. No gradients pass the cache. An older `state` can be continued again; what was continued from it before is then lost, since they share their buffers."""
+    holds something is always computed by the torch form: the others begin from nothing. No gradients pass the cache.
+    An older `state` can be continued again; what was continued from it before is then lost, since they share their buffers."""
     def __init__(self, window: int = 64, # tokens whose transforms are held back; 0 rewrites all keys at every token (@eq-rewrite)
                  scale: float | None = None, # of the logits; None is D^-1/2
                  scale_gate: bool = False, # whether `scale` multiplies the gate too

@@ -102,7 +102,8 @@ def test_a_size_that_neither_learned_is_left_out():
 def test_a_mixer_that_solves_everything_is_found_to():
     v = verdicts(par, PA_GOOD())
     assert v['rope-sparse'] is v['fox-sparse'] is None # they guess as in training, too
-    for id in ('flip-flop-id', 'flip-flop-sparse', 'flip-flop-dense', 's5', 's5-rope', 's5-fox', 's5-longer', 'text-path', 'text-path-fox', 'longer-rope', 'wy', 'blocks', 'decode'): assert v[id] is True, id
+    for id in ('flip-flop-id', 'flip-flop-sparse', 'flip-flop-dense', 's5', 's5-rope', 's5-fox', 's5-longer', 'text-path', 'text-path-fox', 'longer-rope', 'wy', 'blocks',
+               'decode'): assert v[id] is True, id
     for id in ('s3', 'a5-layers', 'mqrar', 'ruler'): assert v[id] is None, id
 
 

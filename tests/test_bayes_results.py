@@ -21,7 +21,7 @@ def quick_decisions(monkeypatch):
     monkeypatch.setattr(res, 'OURS', {k: f for k, f in res.OURS.items() if k not in ('golden', 'domains')})
 
 
-def made_up(accuracy, agreement=lambda arm: .5, of_user=lambda arm: {}, chats=(256, 1024), scale='quick', seeds=(0, 1, 2)):
+def made_up(accuracy, agreement=lambda arm: .5, of_user=lambda arm: {}, chats=(128, 1024), scale='quick', seeds=(0, 1, 2)):
     "Evidence in which `accuracy(arm, chats, world, seen)` of the answers are right, `agreement(arm)` are the Assistant's, and columns of `users` are as `of_user(arm)` says, or .5"
     scores, users = [], []
     for arm, n, seed in [('untaught', 0, 0), *((a, n, s) for a in ('oracle', 'bayes') for n in chats for s in seeds)]:
@@ -33,7 +33,7 @@ def made_up(accuracy, agreement=lambda arm: .5, of_user=lambda arm: {}, chats=(2
         columns = {c: of_user(arm).get(c, .5) + .02*rng.normal(size=U) for c in ('readable', 'implied', 'match', 'error', 'brier', 'confidence', 'correct', 'xy', 'xx', 'yy')}
         users.append(pd.DataFrame(dict(arm=arm, chats=n, seed=seed, user=np.arange(U)) | columns))
     about = dict(scale=scale, seconds=1., hardware='h', versions={'python': '3'}, commit='abcdef0', date='2026-01-01')
-    return ex.Evidence(pd.concat(scores, ignore_index=True), pd.concat(users, ignore_index=True), pd.DataFrame(dict(arm=['bayes'], chats=[256], seed=[0], part=[0], step=[1], loss=[1.])), about)
+    return ex.Evidence(pd.concat(scores, ignore_index=True), pd.concat(users, ignore_index=True), pd.DataFrame(dict(arm=['bayes'], chats=[128], seed=[0], part=[0], step=[1], loss=[1.])), about)
 
 def verdicts(e): return {c.id: c.holds for c in res.decide(e)}
 
@@ -44,13 +44,13 @@ GOOD = lambda **k: made_up(lambda arm, n, world, seen: LEVEL[arm] if seen else .
 
 def test_a_better_teacher_is_found_better():
     v = verdicts(GOOD())
-    assert all(v[i] is True for i in ('untaught', 'taught', 'bayes-256', 'bayes-1024', 'agreement', 'beliefs', 'consistent', 'brier', 'error', 'slope', 'moves', 'gain-hotel', 'gain-shop', *(f'transfer-{w}' for w in res.ELSEWHERE)))
+    assert all(v[i] is True for i in ('untaught', 'taught', 'bayes-128', 'bayes-1024', 'agreement', 'beliefs', 'consistent', 'brier', 'error', 'slope', 'moves', 'gain-hotel', 'gain-shop', *(f'transfer-{w}' for w in res.ELSEWHERE)))
     assert v['bayes-4096'] is v['real'] is v['shop-taught'] is None         # not measured at this scale, or by nobody
 
 
 def test_equal_teachers_are_not_found_different():
     v = verdicts(made_up(lambda arm, n, world, seen: .5 if seen else .35))
-    assert not any(v[i] for i in ('taught', 'bayes-256', 'bayes-1024', 'agreement', 'beliefs', 'consistent', 'brier', 'error', 'slope', 'moves', 'gain-hotel', 'gain-shop', *(f'transfer-{w}' for w in res.ELSEWHERE)))
+    assert not any(v[i] for i in ('taught', 'bayes-128', 'bayes-1024', 'agreement', 'beliefs', 'consistent', 'brier', 'error', 'slope', 'moves', 'gain-hotel', 'gain-shop', *(f'transfer-{w}' for w in res.ELSEWHERE)))
 
 
 def test_an_untaught_model_that_learns_from_choices_is_seen():
@@ -61,7 +61,7 @@ def test_sizes_and_worlds_are_kept_apart():
     "Bayes is better at the larger size only, and in one world only"
     e = made_up(lambda arm, n, world, seen: .75 if arm == 'bayes' and n == 1024 and world in ('flight-4', 'hotel') else .5)
     v = verdicts(e)
-    assert v['bayes-256'] is False and v['bayes-1024'] is True and v['transfer-hotel'] is True and v['transfer-flight-2'] is False
+    assert v['bayes-128'] is False and v['bayes-1024'] is True and v['transfer-hotel'] is True and v['transfer-flight-2'] is False
     i = res.over(res.right(e, 'bayes'), res.right(e, 'oracle'))
     assert i.value == pytest.approx(.25, abs=.03) and i.low < .25 < i.high and (i.seeds, i.n) == (3, U)
 
@@ -76,12 +76,12 @@ def test_what_was_not_looked_at_is_not_counted():
 def test_the_ledger(tmp_path, monkeypatch):
     monkeypatch.setenv('RLCR_SUITE_RECORDS', str(tmp_path))
     with pytest.raises(ValueError, match='PAPER=bayes_teaching'): res.stored()
-    e, full = GOOD(), GOOD(chats=(256, 1024, 4096), scale='full')
+    e, full = GOOD(), GOOD(chats=(128, 1024, 4096), scale='full')
     back = ex.read_evidence(ex.write_evidence(e, tmp_path/'evidence'/'bayes_teaching'/'quick'))
     assert verdicts(back) == verdicts(e)
     ex.write_evidence(full, tmp_path/'evidence'/'bayes_teaching'/'full')
     claims = {c.id: c for c in res.publish(back)}
-    assert claims['bayes-256'].scale == 'quick' and claims['bayes-4096'].scale == 'full' and claims['real'].status == 'no evidence yet'
+    assert claims['bayes-128'].scale == 'quick' and claims['bayes-4096'].scale == 'full' and claims['real'].status == 'no evidence yet'
     first = (tmp_path/'bayes_teaching.json').read_bytes()
     res.publish(back)
     assert (tmp_path/'bayes_teaching.json').read_bytes() == first and res.stored().about['scale'] == 'quick'

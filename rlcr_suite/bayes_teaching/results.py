@@ -118,10 +118,10 @@ def of_user(e:Evidence, arm:str, what:str)->np.ndarray: # (seeds, users)
     return _grid(t, what)
 
 def over(a:np.ndarray, # (seeds, users)
-         b:np.ndarray|None=None, # of the same users; an arm with one run stands for as many as there are in the other
+         b:np.ndarray|None=None, # of the same users; seed s of a taught arm meets the untaught run of its school, s modulo their number
         )->Interval:
     "Mean, or mean difference, with its interval over seeds and users; over users alone where there is one run"
-    if b is not None and len(b) != len(a): a, b = (np.repeat(x, max(len(a), len(b))//len(x), 0) for x in (a, b))
+    if b is not None: a, b = (x[np.arange(max(len(a), len(b))) % len(x)] for x in (a, b))
     if len(a) == 1: return bootstrap(np.mean, a[0] - (0 if b is None else b[0]), n_boot=1000)
     return seed_bootstrap(np.mean, a, b, n_boot=1000)
 

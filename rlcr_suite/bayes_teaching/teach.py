@@ -151,8 +151,8 @@ class Lesson:
     ends: bool = False # whether the ends of turns are learned
     exam: float | None = None # loss, in nats a learned token over the last fifty steps, that must be reached
 
-LESSONS = (Lesson((1, 1), (2, 2), 32, 300, easy=.3), Lesson((1, 2), (2, 2), 32, 250), Lesson((2, 3), (2, 2), 32, 250),
-           Lesson((3, 4), (2, 2), 32, 350, exam=.45), Lesson((2, 4), (3, 6), 10, 250, stated=0, ends=True, exam=.25))
+LESSONS = (Lesson((1, 1), (2, 2), 20, 300, easy=.3), Lesson((1, 2), (2, 2), 20, 250), Lesson((2, 3), (2, 2), 20, 250),
+           Lesson((3, 4), (2, 2), 20, 350, exam=.45), Lesson((2, 4), (3, 6), 10, 250, stated=0, ends=True, exam=.25))
 TRIES = 3 # times that a lesson is given, at most
 PASSES = 2 # times that school goes through the conversations of a lesson
 SLIPS = .15 # share of answers in school that are wrong, are called so, and are not learned

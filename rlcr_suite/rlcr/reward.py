@@ -141,11 +141,16 @@ def reward(correct: float | np.ndarray, # o: 0 or 1
     o, q = np.asarray(correct, float), np.asarray(confidence, float)
     if not np.isin(o, (0, 1)).all(): raise ValueError(f"correct must be 0 or 1, got {correct!r}")
     if not ((q >= 0) & (q <= 1)).all(): raise ValueError(f"confidence must lie in [0, 1], got {confidence!r}")
+    if not math.isfinite(lam): raise ValueError(f"lam must be finite, not {lam}")
     r = lam * o - rule.loss(q, o)
     return float(r) if np.ndim(r) == 0 else r
 
 # %% ../../nbs/01_rlcr/02_reward.ipynb #fd99cd48
 ABSTAIN = frozenset({"i don't know", "i do not know", "idk", "unknown", "unsure", "not sure", "cannot answer"})
+
+def _abstains(answer: str) -> bool:
+    "Is this one of `ABSTAIN`, whatever its case, its apostrophe and the punctuation around it?"
+    return " ".join(answer.lower().replace("\u2019", "'").split()).strip(" .,;:!?…\"'“”*") in ABSTAIN
 
 # %% ../../nbs/01_rlcr/02_reward.ipynb #0aced1a9
 @dataclass(frozen=True)
@@ -212,8 +217,9 @@ def completion_text(completion: str | list[dict], # as TRL passes it
     return (f"<think>{thought}</think>" if thought else "") + _content(turns[-1])
 
 # %% ../../nbs/01_rlcr/02_reward.ipynb #6b48a74f
-def _question(prompt: str | list[dict]) -> str:
-    "The question in a prompt: the text, or what the user said last"
+def asked(prompt: str | list[dict], # as TRL passes it
+         ) -> str: # the text, or what the user said last
+    "The question in a prompt"
     if isinstance(prompt, str): return prompt
     return next((_content(m) for m in reversed(prompt or ()) if m.get("role") == "user"), "")
 
@@ -229,15 +235,15 @@ class _Grader:
     def __init__(self, verify: Callable, mode: str):
         if not callable(verify): raise ValueError(f"verify must be callable as verify(pred, gold, question=None), not {verify!r}")
         self.verify, self.mode, self.ask = verify, mode, _takes_question(verify)
-        self._key, self._graded = None, None
+        self._key, self.graded = None, None   # the last batch
 
     def __call__(self, prompts: list, completions: list, columns: dict[str, Any]) -> Graded:
         texts, golds = [completion_text(c) for c in completions], _golds(columns, len(completions))
-        questions = columns.get("question") or [_question(p) for p in prompts]
+        questions = columns.get("question") or [asked(p) for p in prompts]
         if (key := (texts, golds, questions)) != self._key:
-            self._graded = self._grade(texts, golds, questions)
+            self.graded = self._grade(texts, golds, questions)
             self._key = key       # after grading: a verifier that raised is asked again
-        return self._graded
+        return self.graded
 
     def _grade(self, texts: list[str], golds: list, questions: list[str]) -> Graded:
         parsed = tuple(parse(t, self.mode) for t in texts)
@@ -247,7 +253,7 @@ class _Grader:
             for i, v in zip(read, verdicts, strict=True): correct[i] = v
         return Graded(ok=np.array([p.ok for p in parsed], bool), correct=correct,
                       confidence=np.array([math.nan if p.confidence is None else p.confidence for p in parsed]),
-                      abstained=np.array([p.ok and p.answer.lower().rstrip(".") in ABSTAIN for p in parsed], bool), parsed=parsed)
+                      abstained=np.array([p.ok and _abstains(p.answer) for p in parsed], bool), parsed=parsed)
 
     def _verdicts(self, answers: Sequence[str], golds: Sequence, questions: Sequence[str]) -> list[bool]:
         "One verdict an answer; a verifier with a method `many` is asked about all at once"
@@ -285,6 +291,11 @@ class RewardFunction:
                  score: Callable[[Graded], np.ndarray], # the worth of each completion
                  log: bool = False): # send the batch's metrics to TRL?
         self.__name__, self.grader, self.score, self.log = name, grader, score, log
+
+    @property
+    def mode(self) -> str: return self.grader.mode # the sections that are read, one of `MODES`
+    @property
+    def graded(self) -> Graded | None: return self.grader.graded # the last batch; `None` before the first
 
     def __call__(self, prompts: list, completions: list, log_metric: Callable | None = None, log_extra: Callable | None = None,
                  **columns) -> list[float]:

@@ -30,7 +30,7 @@ from .test_time import continued, cut_after_answer
 
 # %% ../../nbs/01_rlcr/07_baselines.ipynb #5d2c90b7
 from ..core.data import atomic_write
-from .reward import asked
+from .reward import question_of
 
 # %% ../../nbs/01_rlcr/07_baselines.ipynb #79a46525
 def _check(prompts, texts, correct=None) -> tuple[list, list, np.ndarray|None]:
@@ -378,7 +378,7 @@ def sft_then_rlcr(prompts: Sequence[str]|Sequence[list[dict]], # (n,) problems, 
 
 def _example(prompt, solution: str, teacher) -> dict|None:
     "One row of the supervised set; None when the analysis is unusable"
-    analysis = (teacher(asked(prompt), solution) or "").strip()
+    analysis = (teacher(question_of(prompt), solution) or "").strip()
     if not analysis or re.search(_TAG, analysis): return None
     text = f"{solution}<analysis>{analysis}</analysis>"
     return dict(prompt=prompt, completion=text if isinstance(prompt, str) else [{"role": "assistant", "content": text}])

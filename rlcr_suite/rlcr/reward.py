@@ -217,8 +217,8 @@ def completion_text(completion: str | list[dict], # as TRL passes it
     return (f"<think>{thought}</think>" if thought else "") + _content(turns[-1])
 
 # %% ../../nbs/01_rlcr/02_reward.ipynb #6b48a74f
-def asked(prompt: str | list[dict], # as TRL passes it
-         ) -> str: # the text, or what the user said last
+def question_of(prompt: str | list[dict], # as TRL passes it
+               ) -> str: # the text, or what the user said last
     "The question in a prompt"
     if isinstance(prompt, str): return prompt
     return next((_content(m) for m in reversed(prompt or ()) if m.get("role") == "user"), "")
@@ -239,7 +239,7 @@ class _Grader:
 
     def __call__(self, prompts: list, completions: list, columns: dict[str, Any]) -> Graded:
         texts, golds = [completion_text(c) for c in completions], _golds(columns, len(completions))
-        questions = columns.get("question") or [asked(p) for p in prompts]
+        questions = columns.get("question") or [question_of(p) for p in prompts]
         if (key := (texts, golds, questions)) != self._key:
             self.graded = self._grade(texts, golds, questions)
             self._key = key       # after grading: a verifier that raised is asked again

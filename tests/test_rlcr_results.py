@@ -80,10 +80,10 @@ def test_theorems_cite_no_experiment():
         assert (c.evidence is None) == (c.kind == 'theorem' or c.ours is None), c.id
 
 
-def test_evidence_on_other_questions_is_refused():
+def test_evidence_on_other_questions_has_no_optimum_beside_it():
     t = honest.answers.copy()
     t['q_star'] = t.q_star.to_numpy()[::-1]
-    with pytest.raises(ValueError, match=f'test seed {TEST_SEED}'): summary(replace(honest, answers=t))
+    assert 'Bayes' not in summary(replace(honest, answers=t)).index and 'Bayes' in summary(honest).index
 
 
 def test_a_claim_without_its_arm_has_no_evidence_and_is_not_left_out():

@@ -118,8 +118,7 @@ def baselines(model, base, tok, n:int, judged:int, texts:dict, seed:int)->'panda
     "The five confidences that RLVR's answers can be given after training, as rows of `answers`"
     import pandas as pd
     from rlcr_suite.core.lm import generate
-    from rlcr_suite.rlcr.baselines import Classifier, answer_token_probability, elicit, linear_probe
-    from rlcr_suite.rlcr.test_time import cut_after_answer
+    from rlcr_suite.rlcr.baselines import Classifier, answer_token_probability, linear_probe
     from rlcr_suite.rlcr.world import grade, questions
     train = questions(judged, 'train', JUDGE_SEED + seed)
     said = [r[0] for r in generate(model, tok, train['prompt'], max_new_tokens=MAX_NEW, temperature=1., seed=seed)]
@@ -127,7 +126,7 @@ def baselines(model, base, tok, n:int, judged:int, texts:dict, seed:int)->'panda
     judges = {'probe': linear_probe(model, tok, train['prompt'], said, right, seed=seed, batch_size=128).predict}
     for loss in ('bce', 'brier'):
         judges[loss] = Classifier(base, tok, loss=loss, seed=seed).fit(train['prompt'], said, right, epochs=3, lr=2e-3, batch_size=64).predict
-    judges['elicited'] = lambda p, t: elicit(model, tok, p, [cut_after_answer(x) or x for x in t]).confidences
+    judges['elicited'] = lambda p, t: _elicited(model, tok, p, t)
     judges['answer_probability'] = lambda p, t: answer_token_probability(model, tok, p, t, batch_size=128)
     rows = []
     for split in SPLITS:
@@ -135,6 +134,15 @@ def baselines(model, base, tok, n:int, judged:int, texts:dict, seed:int)->'panda
         for name, predict in judges.items():
             rows.append(_rows(ds, out, split=split, temperature=0., arm=name).assign(confidence=predict(ds['prompt'], out)))
     return pd.concat(rows, ignore_index=True)
+
+def _elicited(model, tok, prompts, texts:list[str])->np.ndarray:
+    "What the model says when it is cut off after its answer and asked how sure it is; 0 where it gave no answer, as for any unreadable one"
+    from rlcr_suite.rlcr.baselines import elicit
+    from rlcr_suite.rlcr.test_time import cut_after_answer
+    cut, q = [cut_after_answer(t) for t in texts], np.zeros(len(texts))
+    some = [i for i, c in enumerate(cut) if c is not None]
+    if some: q[some] = elicit(model, tok, [prompts[i] for i in some], [cut[i] for i in some], confidence_tokens=4).confidences # number, closing tag, end
+    return q
 
 # %% ../../nbs/01_rlcr/09_experiment.ipynb #e2ef2adc
 def _warm_up(job:Job, s:Scale):

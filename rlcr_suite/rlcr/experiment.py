@@ -141,7 +141,7 @@ def _elicited(model, tok, prompts, texts:list[str])->np.ndarray:
     from rlcr_suite.rlcr.test_time import cut_after_answer
     cut, q = [cut_after_answer(t) for t in texts], np.zeros(len(texts))
     some = [i for i, c in enumerate(cut) if c is not None]
-    if some: q[some] = elicit(model, tok, [prompts[i] for i in some], [cut[i] for i in some], confidence_tokens=4).confidences # number, closing tag, end
+    if some: q[some] = elicit(model, tok, [prompts[i] for i in some], [cut[i] for i in some]).confidences
     return q
 
 # %% ../../nbs/01_rlcr/09_experiment.ipynb #e2ef2adc

@@ -135,6 +135,16 @@ def test_only_short_numbers_of_middling_difficulty_are_kept():
     with pytest.raises(ValueError, match="'llama8b_solve_rate'"): big_math_digits(raw.remove_columns("llama8b_solve_rate"))
 
 
+def test_problems_too_long_for_the_prompt_are_left_out():
+    raw = rows("big_math")
+    lengths = sorted(len(r["question"]) for r in every(big_math_digits(raw, n_train=20, n_test=8)))
+    cut = lengths[-1] # as long as the longest: it goes, and whatever is as long
+    left = sum(l < cut for l in lengths)
+    assert 0 < left < 28
+    assert max(len(r["question"]) for r in every(big_math_digits(raw, n_train=left, n_test=0, max_chars=cut))) < cut
+    with pytest.raises(ValueError, match="too long"): big_math_digits(raw, n_train=left + 1, n_test=0, max_chars=cut)
+
+
 # ---------------------------------------------------------------- evaluation sets
 
 @pytest.mark.parametrize("name", sorted(EVALUATION_SETS))

@@ -49,7 +49,7 @@ def verdicts(e): return {c.id: c.holds for c in decide(replace(e, about=e.about 
 def test_a_better_arm_is_found_better():
     v = verdicts(honest)
     for id in ('ece-id', 'brier-id', 'auroc-id', 'ece-ood', 'brier-ood', 'classifier-id', 'accuracy-id', 'accuracy-ood', 'vote', 'discrimination', 'optimum',
-               'theorem-optimum', 'theorem-log'):
+               'theorem-optimum', 'theorem-order', 'theorem-log'):
         assert v[id] is True, id
     assert v['rlvr-hurts'] is False
 
@@ -57,6 +57,33 @@ def test_a_better_arm_is_found_better():
 def test_equal_arms_are_not_found_different():
     v = verdicts(same)
     for id in ('ece-id', 'brier-id', 'ece-ood', 'brier-ood', 'auroc-id', 'classifier-id'): assert v[id] is False, id
+
+
+def test_the_order_of_values_can_be_found_wrong(monkeypatch):
+    "Were the value of the Brier reward p - 1/4, it would rise also where the gap forbids it"
+    from rlcr_suite.rlcr import scoring
+    exact = scoring.value
+    monkeypatch.setattr(scoring, 'value', lambda rule, p, lam=1.: p - .25 if rule is scoring.brier else exact(rule, p, lam))
+    assert results._theorem_order().value > 0
+
+
+def test_averaged_confidences_are_compared_with_a_single_one():
+    "Samples that scatter around the truth: their mean is nearer to it"
+    s = honest.samples.copy()
+    s['confidence'] = np.clip(s.q_star + .3*np.random.default_rng(0).choice([-1, 1], len(s)), 0, 1)
+    i = results._vote_brier(replace(honest, samples=s))
+    assert i.high < 0 and results._vote_brier(honest).value == pytest.approx(0, abs=1e-9) # equal samples: nothing to gain
+
+
+def test_theorems_cite_no_experiment():
+    for c in decide(replace(honest, about=honest.about | {'scale': 'quick'})):
+        assert (c.evidence is None) == (c.kind == 'theorem' or c.ours is None), c.id
+
+
+def test_evidence_on_other_questions_has_no_optimum_beside_it():
+    t = honest.answers.copy()
+    t['q_star'] = t.q_star.to_numpy()[::-1]
+    assert 'Bayes' not in summary(replace(honest, answers=t)).index and 'Bayes' in summary(honest).index
 
 
 def test_a_claim_without_its_arm_has_no_evidence_and_is_not_left_out():

@@ -127,6 +127,15 @@ def test_reward_broadcasts_and_checks_its_domain():
     for bad in (math.nan, math.inf, -.1, 1.1):
         with pytest.raises(ValueError, match="lie in"): reward(1, bad)
     with pytest.raises(ValueError, match="0 or 1"): reward(.3, .5)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="lam must be finite"): reward(1, .5, lam=bad)
+
+
+@pytest.mark.parametrize("said, abstained", [("I don\u2019t know", True), ("i don't know!", True), ("\u201cUnknown\u201d.", True), ("IDK", True), ("know", False), ("unknown soldier", False)])
+def test_abstaining_is_heard_whatever_its_typography(said, abstained):
+    f, = make_rewards(operator.eq, "abstention", mode="tabc")
+    b = batch([reply(said)], answer=["red"])
+    assert f(**b) == [0. if abstained else -1.] and f.graded.abstained.tolist() == [abstained] and f.mode == "tabc"
 
 
 def test_paper_style_equals_half_of_the_plain_one_plus_one():

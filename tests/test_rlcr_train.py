@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlcr_suite.rlcr.train import MARKER, PRESETS, accumulation, advantages, confidence_game, grpo, journal, last_checkpoint
+from rlcr_suite.core.jobs import MARKER, journal, last_checkpoint
+from rlcr_suite.rlcr.train import PATIENCE, PRESETS, accumulation, grpo, grpo_config
 
 STEPS = 6
 
@@ -87,9 +88,27 @@ def test_half_a_checkpoint_is_not_resumed_from(uninterrupted, tmp_path):
     assert last_checkpoint(uninterrupted).name == f'checkpoint-{STEPS}'
 
 
-def test_journal_measures_the_policy(uninterrupted):
-    for r in journal(uninterrupted):
-        assert -1 <= r['reward'] <= 1 and 0 <= r['accuracy'] <= 1 and 0 <= r['format_rate'] <= 1
+def test_journal_measures_the_policy(base, tmp_path):
+    "One step, whose completions are kept beside: its row is computed again from them, by hand"
+    from rlcr_suite.core.lm import load
+    from rlcr_suite.rlcr.reward import parse
+    from rlcr_suite.rlcr.verify import exact_match
+    from rlcr_suite.rlcr.world import questions
+    seen = []
+    def verify(pred, gold): seen.append((pred, gold)); return exact_match(pred, gold)
+    model, tok = load(base, device='cpu')
+    trainer = grpo(model, tok, questions(64), verify, tmp_path, per_device_train_batch_size=32, gradient_accumulation_steps=1, max_steps=1)
+    graded, (row,) = trainer.reward_funcs[0].graded, journal(tmp_path)
+    assert len(graded.parsed) == 32 and 0 < graded.ok.sum() < 32 and len(seen) == graded.ok.sum() # else the branches below are not tried
+    right = iter(exact_match(a, g) for a, g in seen)
+    rewards, hits, squares = [], 0, []
+    for p in graded.parsed:
+        o = next(right) if p.ok else 0
+        hits += o
+        if p.ok: squares.append((p.confidence - o)**2)
+        rewards.append(o - squares[-1] if p.ok else -1)
+    want = dict(reward=np.mean(rewards), accuracy=hits/32, format_rate=len(squares)/32, brier=np.mean(squares), confidence=np.mean([p.confidence for p in graded.parsed if p.ok]))
+    for k, v in want.items(): assert row[k] == pytest.approx(v, abs=1e-6), k # float32 in between
 
 
 @pytest.mark.parametrize('preset', ['paper-hotpot', 'paper-math'])
@@ -101,13 +120,28 @@ def test_paper_batches_on_any_number_of_devices(preset, processes):
     else: assert accumulation(p.completions, p.per_device, processes)*p.per_device*processes == p.completions
 
 
-def test_paper_presets_hold_the_facts():
-    hotpot, math = (PRESETS[f'paper-{n}'].grpo for n in ('hotpot', 'math'))
-    for p in (hotpot, math):
-        assert (p['beta'], p['num_generations'], p['temperature'], p['epsilon'], p['scale_rewards'], p['loss_type'], p['max_grad_norm'], p['seed']) == \
-               (0., 32, .7, .2, 'none', 'bnpo', 1., 43)
-    assert (hotpot['learning_rate'], hotpot['max_completion_length']) == (1e-6, 1536)
-    assert (math['learning_rate'], math['max_completion_length'], math['mask_truncated_completions']) == (5e-6, 4096, True)
+# the paper's table of settings: arXiv 2507.16806 and its released configuration
+FACTS = {'paper-hotpot': dict(learning_rate=1e-6, lr_scheduler_type='constant_with_warmup', warmup_steps=.05, num_train_epochs=1, max_completion_length=1536,
+                              mask_truncated_completions=False),
+         'paper-math': dict(learning_rate=5e-6, lr_scheduler_type='linear', warmup_steps=.2, num_train_epochs=.5, max_completion_length=4096,
+                            mask_truncated_completions=True)}
+BOTH = dict(beta=0., num_generations=32, temperature=.7, epsilon=.2, scale_rewards='none', loss_type='bnpo', num_iterations=1, max_grad_norm=1., seed=43)
+
+
+@pytest.mark.parametrize('preset, completions, devices', [('paper-hotpot', 2048, 4), ('paper-math', 2304, 6)])
+def test_paper_presets_hold_the_facts(preset, completions, devices, tmp_path):
+    "As TRL is given them, so that a default of its own cannot step in"
+    args = grpo_config(preset, tmp_path)
+    assert {k: getattr(args, k) for k in BOTH | FACTS[preset]} == BOTH | FACTS[preset]
+    assert PRESETS[preset].completions == completions == args.per_device_train_batch_size*args.gradient_accumulation_steps
+    assert accumulation(completions, args.per_device_train_batch_size, devices)*args.per_device_train_batch_size*devices == completions
+    assert PRESETS[preset].reward == dict(style='paper')
+    assert {r.__name__ for r in rewards_of(preset)} == {'format_reward', 'accuracy_reward', 'calibration_reward'}
+
+
+def rewards_of(preset):
+    from rlcr_suite.rlcr.reward import make_rewards
+    return make_rewards(lambda a, b: a == b, 'rlcr', **PRESETS[preset].reward)
 
 
 def test_mistakes_are_named_before_training(tmp_path):
@@ -120,17 +154,50 @@ def test_mistakes_are_named_before_training(tmp_path):
     with pytest.raises(ValueError, match='kind must be'): grpo(None, None, ds, exact_match, tmp_path, kind='rlhf')
 
 
-def test_advantages_are_what_trl_computes():
-    r = np.random.default_rng(0).normal(size=(5, 8))
-    assert np.allclose(advantages(r).sum(-1), 0)
-    np.testing.assert_allclose(advantages(r, 'group'), (r - r.mean(-1, keepdims=True))/(r.std(-1, ddof=1, keepdims=True) + 1e-4))
-    with pytest.raises(ValueError, match='scale must be'): advantages(r, 'batch')
+def conversation(mode):
+    from datasets import Dataset
+    from rlcr_suite.rlcr.reward import system_prompt
+    return Dataset.from_dict(dict(prompt=[[dict(role='system', content=system_prompt(mode)), dict(role='user', content='Two and two?')]]*64, answer=['4']*64))
 
 
-def test_group_scaling_is_improper_and_plain_is_not():
-    p = np.array([.3, .7])
-    plain, scaled = confidence_game(p, 'none', lr=4., steps=400), confidence_game(p, 'group', steps=400)
-    assert (abs(plain - p) < .06).all() and (abs(scaled - .5) > abs(p - .5) + .09).all()
+@pytest.mark.parametrize('kind, asks, reads', [('rlvr', 'tabc', 'ta'), ('rlcr', 'ta', 'tabc'), ('rlcr', 'tac', 'tabc')])
+def test_prompts_and_reward_speak_of_one_format(kind, asks, reads, tmp_path):
+    from rlcr_suite.rlcr.verify import exact_match
+    with pytest.raises(ValueError, match=f"row 0 asks for the format '{asks}', but the reward reads '{reads}'"):
+        grpo(None, None, conversation(asks), exact_match, tmp_path, kind=kind, preset='paper-math')
+    with pytest.raises(AttributeError): # nothing left to object to: the trainer is reached, and there is no model
+        grpo(None, None, conversation(asks), exact_match, tmp_path, kind='rlvr', preset='paper-math', reward=dict(mode=asks), bf16=False, use_cpu=True)
+
+
+def tiny(**config):
+    from rlcr_suite.core.lm import tiny_lm
+    from rlcr_suite.rlcr.world import tokenizer
+    tok = tokenizer()
+    return tiny_lm(tok, hidden_size=16, layers=1, heads=2, intermediate_size=16, **config), tok
+
+
+def test_half_precision_weights_are_refused_and_adapters_on_them_are_not(tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from rlcr_suite.rlcr.train import _check_precision
+    args = grpo_config('quick', tmp_path)
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match="half precision.*dtype='float32'"): _check_precision(tiny()[0].to(dtype), args)
+    _check_precision(tiny()[0], args)
+    adapted = get_peft_model(tiny()[0].to(torch.bfloat16), LoraConfig(r=2, target_modules=['q_proj']))
+    _check_precision(adapted, args) # PEFT keeps what is trained in float32
+    adapted = get_peft_model(tiny()[0].to(torch.bfloat16), LoraConfig(r=2, target_modules=['q_proj']), autocast_adapter_dtype=False)
+    with pytest.raises(ValueError, match='half precision'): _check_precision(adapted, args)
+    args.deepspeed_plugin = object() # it keeps a float32 copy
+    _check_precision(tiny()[0].to(torch.bfloat16), args)
+
+
+def test_a_model_that_never_keeps_the_format_is_stopped_and_told_why(tmp_path):
+    from rlcr_suite.rlcr.verify import exact_match
+    from rlcr_suite.rlcr.world import questions
+    with pytest.raises(ValueError, match=f"first {PATIENCE} logged steps keeps the format 'tabc'.*is: no </confidence>"):
+        grpo(*tiny(), questions(64), exact_match, tmp_path, per_device_train_batch_size=16, gradient_accumulation_steps=1, max_steps=PATIENCE + 3)
+    assert [r['step'] for r in journal(tmp_path)] == list(range(1, PATIENCE + 1))
 
 
 @pytest.mark.parametrize('conversational', [True, False])

@@ -10,7 +10,6 @@ __all__ = ['LOSSES', 'Elicited', 'elicit', 'answer_tokens', 'answer_token_probab
 import copy
 import importlib.util
 import json
-import os
 import random
 import re
 import tempfile
@@ -28,6 +27,9 @@ import torch.nn.functional as F
 from ..core.lm import evaluating, generate, left_pad, pad_id, prompt_ids, save, token_logprobs
 from .reward import MODES, parse
 from .test_time import continued, cut_after_answer
+
+# %% ../../nbs/01_rlcr/07_baselines.ipynb #5d2c90b7
+from ..core.data import atomic_write, question
 
 # %% ../../nbs/01_rlcr/07_baselines.ipynb #79a46525
 def _check(prompts, texts, correct=None) -> tuple[list, list, np.ndarray|None]:
@@ -171,9 +173,8 @@ class LinearProbe:
     def save(self, path: str|Path) -> Path:
         "Write the numbers to one safetensors file, whole or not at all"
         from safetensors.numpy import save as dumps
-        path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
         arrays = dict(mean=self.mean, scale=self.scale, coef=self.coef, intercept=np.array([self.intercept]), C=np.array([self.C]))
-        return _write(path, dumps({k: np.ascontiguousarray(v, dtype=np.float64) for k, v in arrays.items()}))
+        return atomic_write(path, dumps({k: np.ascontiguousarray(v, dtype=np.float64) for k, v in arrays.items()}))
 
     @classmethod
     def load(cls, path: str|Path, model=None, tok=None) -> "LinearProbe":
@@ -186,15 +187,6 @@ class LinearProbe:
         d = model.config.get_text_config().hidden_size if model is not None else len(a["coef"])
         if d != len(a["coef"]): raise ValueError(f"the probe reads {len(a['coef'])} dimensions, the model has {d}")
         return cls(*parts[0], *parts[1:], model, tok)
-
-def _write(path: Path, data: bytes) -> Path:
-    "Write beside, then rename"
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(fd, "wb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
-        os.chmod(name, 0o644); os.replace(name, path)
-    except BaseException: os.unlink(name); raise
-    return path
 
 # %% ../../nbs/01_rlcr/07_baselines.ipynb #8943e30c
 def linear_probe(model, # Hugging Face causal LM
@@ -385,14 +377,10 @@ def sft_then_rlcr(prompts: Sequence[str]|Sequence[list[dict]], # (n,) problems, 
 
 def _example(prompt, solution: str, teacher) -> dict|None:
     "One row of the supervised set; None when the analysis is unusable"
-    analysis = (teacher(_problem(prompt), solution) or "").strip()
+    analysis = (teacher(question(prompt), solution) or "").strip()
     if not analysis or re.search(_TAG, analysis): return None
     text = f"{solution}<analysis>{analysis}</analysis>"
     return dict(prompt=prompt, completion=text if isinstance(prompt, str) else [{"role": "assistant", "content": text}])
-
-def _problem(prompt: str|list[dict]) -> str:
-    "What the user asked last"
-    return prompt if isinstance(prompt, str) else next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
 
 # %% ../../nbs/01_rlcr/07_baselines.ipynb #b87eda3c
 @dataclass(frozen=True)

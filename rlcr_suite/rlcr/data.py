@@ -132,11 +132,12 @@ def hotpot_modified(ds: "Dataset", # HotpotQA, distractor setting, with its orig
 # %% ../../nbs/01_rlcr/04_data.ipynb #53b64570
 _DIGITS = re.compile(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?\s*")
 
-def _digits_row(row: dict, low: float, high: float, max_answer: int, mode: str) -> dict | str:
+def _digits_row(row: dict, low: float, high: float, max_answer: int, max_chars: int, mode: str) -> dict | str:
     "One row of Big-Math-Digits, or the reason why there is none"
     rate = row["llama8b_solve_rate"]
     if rate is None or not low < rate < high: return "solve rate missing or out of range"
     if len(row["answer"]) >= max_answer or not _DIGITS.fullmatch(row["answer"]): return "answer not a short number"
+    if len(row["problem"]) >= max_chars: return "too long"
     return dict(prompt=_messages(row["problem"], mode), answer=row["answer"].strip(), question=row["problem"], source=row["source"],
                 solve_rate=float(rate))
 
@@ -148,13 +149,14 @@ def big_math_digits(ds: "Dataset", # Big-Math, with its original columns
                     low: float = 0.0, # solve rate of the 8B model, exclusive
                     high: float = 0.75, # likewise
                     max_answer: int = 20, # answers of this many characters or more are left out
+                    max_chars: int = 2000, # problems of this many characters or more are left out (the paper: 1024 tokens)
                     mode: str = "tabc", # format that the prompt asks for
                    ) -> "DatasetDict": # the parts not of size 0: prompt, answer, question, source, solve_rate
     """Big-Math problems with short numeric answers that are neither hopeless nor easy (RLCR, training data).
     Independent of the order of `ds`. `ValueError` if a column is missing or too few rows are usable."""
     _check(ds, {"problem": str, "answer": str, "source": str, "llama8b_solve_rate": (float, type(None))}, n_train=n_train, n_test=n_test)
     rows = _take(ds, n_train + n_test, key=lambda r: r["problem"], same=lambda r: " ".join(r["problem"].lower().split()),
-                 make=lambda r: _digits_row(r, low, high, max_answer, mode), columns=["problem"], seed=seed)
+                 make=lambda r: _digits_row(r, low, high, max_answer, max_chars, mode), columns=["problem"], seed=seed)
     return _split(rows, n_test)
 
 # %% ../../nbs/01_rlcr/04_data.ipynb #8082bb0a

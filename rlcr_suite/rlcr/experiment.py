@@ -9,7 +9,7 @@ __all__ = ['MODEL', 'WARM_UP', 'SCALES', 'ARMS', 'LABELS', 'SPLITS', 'TEMPERATUR
 
 # %% ../../nbs/01_rlcr/09_experiment.ipynb #368c923e
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ class Scale:
     seeds: tuple[int, ...] # runs of each arm
     preset: str # GRPO settings, a key of `train.PRESETS`
     grpo: dict # settings that differ from the preset
-    sft: dict # arguments of `train.sft` for the warm-up: steps, batch and more
+    sft: dict # arguments of `core.sft.sft` for the warm-up: steps, batch and more
     questions: int # in each test set
     votes: int # questions that are answered K times
     K: int # samples of each
@@ -35,11 +35,13 @@ class Scale:
 
 MODEL = dict(hidden_size=128, layers=3, heads=4, intermediate_size=256, max_length=128)
 WARM_UP = dict(steps=220, batch=128)
+_QUICK = Scale('quick', ('rlvr', 'rlcr'), (0, 1, 2), 'quick', {}, WARM_UP, 1000, 200, 16, 800, MODEL)
 SCALES = {
-    'quick': Scale('quick', ('rlvr', 'rlcr'), (0, 1, 2), 'quick', {}, WARM_UP, 1000, 200, 16, 800, MODEL),
-    'full':  Scale('full', ('rlvr', 'rlcr', 'sft_rlcr', 'log', 'group'), (0, 1, 2), 'full', {}, WARM_UP, 1000, 200, 16, 800, MODEL),
+    'quick': _QUICK,
+    'full':  replace(_QUICK, name='full', arms=('rlvr', 'rlcr', 'sft_rlcr', 'log', 'group')),
     'test':  Scale('test', ('rlvr', 'rlcr'), (0, 1), 'quick', dict(max_steps=2, per_device_train_batch_size=32, gradient_accumulation_steps=1, save_steps=1),
-                   dict(steps=80, batch=32, lr=6e-3, warmup_steps=10), 24, 6, 4, 80, dict(hidden_size=64, layers=2, heads=2, intermediate_size=128, max_length=128)),
+                   dict(steps=80, batch=32, lr=6e-3, warmup_steps=10), 24, 6, 4, 80,
+                   dict(hidden_size=64, layers=2, heads=2, intermediate_size=128, max_length=128)),
 }
 ARMS = {'rlvr': dict(kind='rlvr'), 'rlcr': dict(kind='rlcr'), 'sft_rlcr': dict(kind='rlcr'),
         'log': dict(kind='rlcr', rule='log'), 'group': dict(kind='rlcr', scale_rewards='group')}
@@ -68,7 +70,7 @@ class Job(core.Job):
     def progress(self)->dict[str, float]: return _progress(self)
 
 LABELS = {'base': 'base', 'rlvr': 'RLVR', 'rlcr': 'RLCR', 'sft_rlcr': 'SFT+RLCR', 'log': 'RLCR, log rule', 'group': 'RLCR, group std',
-          'answer_probability': 'answer probability', 'bce': 'BCE classifier', 'brier': 'Brier classifier', 'probe': 'linear probe'}
+          'elicited': 'RLVR, elicited', 'answer_probability': 'answer probability', 'bce': 'BCE classifier', 'brier': 'Brier classifier', 'probe': 'linear probe'}
 
 def _plan(scale:str)->dict: # JSON
     "What a scale stands for: a job names no more than that"
@@ -87,7 +89,7 @@ def jobs(scale:str, # a key of `SCALES`
 
 # %% ../../nbs/01_rlcr/09_experiment.ipynb #138521d2
 SPLITS, TEMPERATURES = ('id', 'ood'), (0., 1.)
-TEST_SEED, JUDGE_SEED, MAX_NEW = 90_001, 90_002, 48 # test questions, questions for the classifiers, longest completion
+TEST_SEED, JUDGE_SEED, MAX_NEW = 91_001, 90_002, 48 # test questions, questions for the classifiers, longest completion
 
 def _rows(ds, texts:list[str], **names)->'pandas.DataFrame':
     "One row an answer: what was said, whether it was right, and what Bayes would have said"
@@ -122,7 +124,7 @@ def samples(model, tok, n:int, K:int, seed:int)->'pandas.DataFrame':
 
 # %% ../../nbs/01_rlcr/09_experiment.ipynb #9080f848
 def baselines(model, base, tok, n:int, judged:int, texts:dict, seed:int)->'pandas.DataFrame':
-    "The four confidences that RLVR's answers can be given after training, as rows of `answers`"
+    "The five confidences that RLVR's answers can be given after training, as rows of `answers`"
     import pandas as pd
     from rlcr_suite.core.lm import generate
     from rlcr_suite.rlcr.baselines import Classifier, answer_token_probability, linear_probe
@@ -133,6 +135,7 @@ def baselines(model, base, tok, n:int, judged:int, texts:dict, seed:int)->'panda
     judges = {'probe': linear_probe(model, tok, train['prompt'], said, right, seed=seed, batch_size=128).predict}
     for loss in ('bce', 'brier'):
         judges[loss] = Classifier(base, tok, loss=loss, seed=seed).fit(train['prompt'], said, right, epochs=3, lr=2e-3, batch_size=64).predict
+    judges['elicited'] = lambda p, t: _elicited(model, tok, p, t)
     judges['answer_probability'] = lambda p, t: answer_token_probability(model, tok, p, t, batch_size=128)
     rows = []
     for split in SPLITS:
@@ -140,6 +143,15 @@ def baselines(model, base, tok, n:int, judged:int, texts:dict, seed:int)->'panda
         for name, predict in judges.items():
             rows.append(_rows(ds, out, split=split, temperature=0., arm=name).assign(confidence=predict(ds['prompt'], out)))
     return pd.concat(rows, ignore_index=True)
+
+def _elicited(model, tok, prompts, texts:list[str])->np.ndarray:
+    "What the model says when it is cut off after its answer and asked how sure it is; 0 where it gave no answer, as for any unreadable one"
+    from rlcr_suite.rlcr.baselines import elicit
+    from rlcr_suite.rlcr.test_time import cut_after_answer
+    cut, q = [cut_after_answer(t) for t in texts], np.zeros(len(texts))
+    some = [i for i, c in enumerate(cut) if c is not None]
+    if some: q[some] = elicit(model, tok, [prompts[i] for i in some], [cut[i] for i in some]).confidences
+    return q
 
 # %% ../../nbs/01_rlcr/09_experiment.ipynb #e2ef2adc
 def _warm_up(job:Job, s:Scale):
@@ -213,11 +225,11 @@ def _log(job:Job)->Path:
 
 def _progress(job:Job)->dict[str, float]:
     "Where a job is: step, steps, and the last measurements of its journal"
-    from rlcr_suite.rlcr.train import PRESETS, journal
+    from rlcr_suite.rlcr.train import PRESETS
     s = SCALES[job.scale]
     if job.arm == 'base': return dict(step=int(job.done), total=1)
     total = s.sft['steps'] if job.arm == 'warm-up' else s.grpo.get('max_steps', PRESETS[s.preset].grpo.get('max_steps'))
-    rows = journal(_log(job))
+    rows = core.journal(_log(job))
     last = rows[-10:]
     mean = {k: float(np.mean([r[k] for r in last if k in r])) for k in ('reward', 'accuracy', 'ece', 'loss') if any(k in r for r in last)}
     return dict(step=total if job.done else rows[-1]['step'] if rows else 0, total=total) | mean

@@ -27,23 +27,38 @@ BELOW, ABOVE = Rule('<', 0., on='high'), Rule('>', 0., on='low') # the whole int
 CLAIMS = (
     _claim('theorem-optimum', 'The Brier reward is maximal where the stated confidence is the probability of being right (largest distance of the two)',
            Rule('<', 1e-6), source='Theorem 1', kind='theorem'),
+    _claim('theorem-order', 'An honest answer is worth more the likelier it is right exactly where the rule\'s gap is below λ (exceptions, of rules, λ and p)',
+           Rule('<=', 0.), source='Theorem 1', kind='theorem'),
     _claim('theorem-log', 'Under the log rule some better answers earn less than a surely wrong one (least value of an honest answer)',
            Rule('<', 0.), source='section 3', kind='theorem'),
     _claim('ece-id', 'In domain, RLCR is better calibrated than RLVR (difference in ECE)', BELOW, paper='HotpotQA: 0.03 against 0.37'),
     _claim('brier-id', 'In domain, RLCR has the better Brier score (difference to RLVR)', BELOW, paper='HotpotQA: 0.21 against 0.37'),
-    _claim('accuracy-id', 'In domain, RLCR costs no accuracy: at most one point (difference to RLVR)', Rule('>', -.01), paper='HotpotQA: 0.621 against 0.630'),
-    _claim('auroc-id', 'In domain, RLCR tells its right answers from its wrong ones better (difference in AUROC to RLVR)', Rule('>', 0.), paper='HotpotQA: 0.69 against 0.50'),
+    _claim('accuracy-id', 'In domain, RLCR costs no accuracy: at most one point (difference to RLVR)', Rule('>', -.01),
+           paper='HotpotQA: 0.621 against 0.630'),
+    _claim('auroc-id', 'In domain, RLCR tells its right answers from its wrong ones better (difference in AUROC to RLVR)', Rule('>', 0.),
+           paper='HotpotQA: 0.69 against 0.50'),
     _claim('ece-ood', 'Out of domain, RLCR is better calibrated than RLVR (difference in ECE)', BELOW, paper='six sets: 0.21 against 0.46'),
     _claim('brier-ood', 'Out of domain, RLCR has the better Brier score (difference to RLVR)', BELOW, paper='six sets: 0.21 against 0.46'),
-    _claim('accuracy-ood', 'Out of domain, RLCR costs no accuracy: at most one point (difference to RLVR)', Rule('>', -.01), paper='six sets: 0.562 against 0.539'),
-    _claim('rlvr-hurts', 'Training for correctness alone makes calibration worse out of domain (RLVR minus base, ECE)', ABOVE, paper='six sets: 0.46 against 0.40'),
-    _claim('classifier-id', 'In domain, RLCR has the better Brier score than a classifier trained on RLVR\'s outputs (difference to BCE)', BELOW, paper='HotpotQA: 0.21 against 0.22'),
-    _claim('classifier-ood', 'Out of domain, RLCR has the better Brier score than that classifier (difference to BCE)', BELOW, paper='six sets: 0.21 against 0.27'),
-    _claim('vote', 'Weighting votes by confidence is at least as accurate as counting them (weighted minus majority, 16 samples of RLCR)', Rule('>=', 0.), source='section 5', ),
-    _claim('discrimination', 'RLCR\'s confidence is more than a calibrated constant (its AUROC, in domain)', Rule('>=', .70), source='ours: what a claim of calibration needs'),
-    _claim('optimum', 'RLCR\'s confidence is near the known optimum (mean distance to the Bayes confidence, in domain)', Rule('<=', .15), source='ours: the world\'s posterior'),
-    _claim('log-arm', 'Trained with the log rule, a model gives up answers that the Brier rule keeps (difference in accuracy to RLCR, in domain)', BELOW, source='section 3, consequence'),
-    _claim('group-std', 'Dividing advantages by the group\'s standard deviation harms calibration (difference in Brier score to RLCR, in domain)', ABOVE, source='ours: see the training page'),
+    _claim('accuracy-ood', 'Out of domain, RLCR costs no accuracy: at most one point (difference to RLVR)', Rule('>', -.01),
+           paper='six sets: 0.562 against 0.539'),
+    _claim('rlvr-hurts', 'Training for correctness alone makes calibration worse out of domain (RLVR minus base, ECE)', ABOVE,
+           paper='six sets: 0.46 against 0.40'),
+    _claim('classifier-id', 'In domain, RLCR has the better Brier score than a classifier trained on RLVR\'s outputs (difference to BCE)', BELOW,
+           paper='HotpotQA: 0.21 against 0.22'),
+    _claim('classifier-ood', 'Out of domain, RLCR has the better Brier score than that classifier (difference to BCE)', BELOW,
+           paper='six sets: 0.21 against 0.27'),
+    _claim('vote', 'Weighting votes by confidence is at least as accurate as counting them (weighted minus majority, 16 samples of RLCR)',
+           Rule('>=', 0.), source='section 5'),
+    _claim('vote-brier', 'Averaging the confidences of samples that agree improves the Brier score (majority of 16 samples minus one sample, RLCR)',
+           BELOW, source='section 5'),
+    _claim('discrimination', 'RLCR\'s confidence is more than a calibrated constant (its AUROC, in domain)', Rule('>=', .70),
+           source='ours: what a claim of calibration needs'),
+    _claim('optimum', 'RLCR\'s confidence is near the known optimum (mean distance to the Bayes confidence, in domain)', Rule('<=', .15),
+           source='ours: the world\'s posterior'),
+    _claim('log-arm', 'Trained with the log rule, a model gives up answers that the Brier rule keeps (difference in accuracy to RLCR, in domain)',
+           BELOW, source='section 3, consequence'),
+    _claim('group-std', 'Dividing advantages by the group\'s standard deviation harms calibration (difference in Brier score to RLCR, in domain)',
+           ABOVE, source='ours: see the training page'),
 )
 
 # %% ../../nbs/01_rlcr/10_results.ipynb #095ecacb
@@ -110,6 +125,17 @@ def _theorem_optimum()->Interval:
     p = np.linspace(0, 1, 201)
     return _exact(np.abs(optimal_confidence(brier, p) - p).max(), len(p))
 
+def _theorem_order()->Interval:
+    "Steps of p over which the value of an honest answer moves against the sign of λ - gap, for rules and λ on both sides of what they need"
+    from rlcr_suite.rlcr.scoring import brier, log, power, spherical, value
+    p, wrong, n = np.linspace(.001, .999, 1997), 0, 0
+    for rule in (brier, spherical, log, power(1.5), power(3)):
+        gap = rule.gap(p) # it falls in p: over a step it lies between its two ends
+        for lam in (0., .25, .5, 1., 2., 4.):
+            rises, below, above = np.diff(value(rule, p, lam)) > 0, gap[:-1] < lam, gap[1:] > lam
+            wrong, n = wrong + int((~rises & below).sum() + (rises & above).sum()), n + int((below | above).sum())
+    return _exact(wrong, n)
+
 def _theorem_log()->Interval:
     "Least value of an honest answer under the log rule; the surely wrong one has value 0"
     from rlcr_suite.rlcr.scoring import log, value
@@ -120,8 +146,17 @@ def _exact(x:float, n:int)->Interval: return Interval(float(x), float(x), float(
 
 def _vote(e:Evidence)->Interval:
     "Weighted minus majority vote of all samples of RLCR: accuracy, question by question and run by run"
-    w, m = (np.stack([v for v in votes(e, 'rlcr', Ks=(samples_per_question(e),))[k][0]]) for k in ('weighted', 'majority'))
-    return seed_bootstrap(np.mean, (w,), (m,)) if len(w) > 1 else bootstrap(np.mean, (w - m)[0], method='percentile')
+    v = votes(e, 'rlcr', Ks=(samples_per_question(e),))
+    return _difference(v['weighted'][0], v['majority'][0])
+
+def _vote_brier(e:Evidence)->Interval:
+    "Majority vote of all samples of RLCR, with the mean confidence of those that agree, minus a single sample: Brier score"
+    one, all_ = votes(e, 'rlcr', Ks=(1, samples_per_question(e)), metric='brier')['majority']
+    return _difference(all_, one)
+
+def _difference(a:np.ndarray, b:np.ndarray)->Interval:
+    "Mean of `a` minus `b`, both (seeds, questions)"
+    return seed_bootstrap(np.mean, (a,), (b,)) if len(a) > 1 else bootstrap(np.mean, (a - b)[0], method='percentile')
 
 # %% ../../nbs/01_rlcr/10_results.ipynb #890c84ab
 def samples_per_question(e:Evidence)->int:
@@ -151,10 +186,13 @@ _DIFFERENCES = { # claim -> metric, arm, other arm, test set
     'classifier-ood': ('brier', 'rlcr', 'bce', 'ood'), 'discrimination': ('auroc', 'rlcr', None, 'id'), 'optimum': ('error', 'rlcr', None, 'id'),
     'log-arm': ('accuracy', 'log', 'rlcr', 'id'), 'group-std': ('brier', 'group', 'rlcr', 'id')}
 
+_THEOREMS = {'theorem-optimum': _theorem_optimum, 'theorem-order': _theorem_order, 'theorem-log': _theorem_log} # computed, no experiment needed
+_VOTES = {'vote': _vote, 'vote-brier': _vote_brier}
+
 def _ours(e:Evidence, id:str)->Interval|None:
     "The number that decides a claim; None where the experiment did not run what it needs"
-    exact = {'theorem-optimum': lambda e: _theorem_optimum(), 'theorem-log': lambda e: _theorem_log(), 'vote': _vote}
-    if id in exact: return exact[id](e)
+    if id in _THEOREMS: return _THEOREMS[id]()
+    if id in _VOTES: return _VOTES[id](e)
     metric, a, b, split = _DIFFERENCES[id]
     if not {a, b} - {None} <= set(e.answers.arm): return None
     return measure(Runs(e, a, split), metric, Runs(e, b, split) if b else None)
@@ -164,7 +202,8 @@ def decide(e:Evidence, # an experiment
           )->list[Claim]: # each of them, decided where there is evidence
     "Compute each claim's number from the evidence and apply its rule"
     scale = e.about['scale']
-    return [c.decide(_ours(e, c.id), scale=scale, evidence=f'records/evidence/rlcr/{scale}', stamp=e.about) for c in claims] # the run's stamp, not this page's
+    path = lambda c: None if c.id in _THEOREMS else f'records/evidence/rlcr/{scale}'
+    return [c.decide(_ours(e, c.id), scale=scale, evidence=path(c), stamp=e.about) for c in claims] # the run's stamp, not this page's
 
 def publish(e:Evidence, # an experiment
             path:str|Path|None=None, # of the record; records/rlcr.json of the checkout by default
@@ -194,7 +233,8 @@ def hero(e:Evidence, # an experiment
         jitter = rng.uniform(-.014, .014, (2, r.p_correct.shape[1]))
         ax.plot([0, 1], [0, 1], color=color('ideal'), lw=1)
         ax.scatter(r.p_correct[0] + jitter[0], r.confidence[0] + jitter[1], s=5, alpha=.3, lw=0, color=color(arm))
-        ax.set(title=titles.get(arm, LABELS[arm]), xlabel='probability of being right', xlim=(-.04, 1.04), ylim=(-.04, 1.06), xticks=[0, .5, 1], yticks=[0, .5, 1])
+        ax.set(title=titles.get(arm, LABELS[arm]), xlabel='probability of being right', xlim=(-.04, 1.04), ylim=(-.04, 1.06),
+               xticks=[0, .5, 1], yticks=[0, .5, 1])
     axs[0].set_ylabel('stated confidence')
     return fig
 
@@ -203,28 +243,34 @@ def summary(e:Evidence, # an experiment
             split:str='id', # test set
             temperature:float=0., # 0 or 1
            )->'pandas.DataFrame': # one row an arm, one column a measure, as text with intervals
-    "Every arm's measures, each with half the width of its 95% interval, and the optimum as the last row"
+    """Every arm's measures, each with half the width of its 95% interval, and the optimum as the last row; without it where the evidence answers other
+    test questions than today's, whose truth is not at hand"""
     import pandas as pd
-    from rlcr_suite.core.calibration import auroc, brier, ece, ece_null
+    from rlcr_suite.core.calibration import ece_null
     t = e.answers[(e.answers.split == split) & (e.answers.temperature == temperature)]
     rows = {}
     for arm in (a for a in LABELS if a in set(t.arm)):
         r = Runs(e, arm, split, temperature)
         null = np.mean([ece_null(q, n_sim=200).value for q in r.confidence])
         rows[LABELS[arm]] = {'readable': f'{r.ok.mean():.3f}'} | {m: _short(measure(r, m)) for m in METRICS} | {'ECE null': f'{null:.3f}'}
-    q, s = r.q_star[0], _bayes_outcomes(e, split)
-    rows['Bayes'] = {'readable': '', 'accuracy': f'{q.mean():.3f}', 'brier': f'{brier(q, s):.3f}', 'ece': f'{ece(q, s):.3f}', 'auroc': f'{auroc(q, s):.3f}', 'error': '0',
-                     'ECE null': f'{ece_null(q, n_sim=200).value:.3f}'}
+    if (s := _bayes_outcomes(e, split)) is not None: rows['Bayes'] = _bayes_row(r.q_star[0], s)
     names = {'accuracy': 'accuracy', 'brier': 'Brier', 'ece': 'ECE', 'ECE null': 'ECE null', 'auroc': 'AUROC', 'error': '|q − q*|', 'readable': 'readable'}
     return pd.DataFrame(rows).T[list(names)].rename(columns=names)
+
+def _bayes_row(q:np.ndarray, s:np.ndarray)->dict[str, str]:
+    "The optimum: the Bayes answer, stated with its posterior probability"
+    from rlcr_suite.core.calibration import auroc, brier, ece, ece_null
+    numbers = {'accuracy': q.mean(), 'brier': brier(q, s), 'ece': ece(q, s), 'auroc': auroc(q, s), 'ECE null': ece_null(q, n_sim=200).value}
+    return {'readable': '', 'error': '0'} | {k: f'{v:.3f}' for k, v in numbers.items()}
 
 def _text(i:Interval)->str: return f'{i.value:.3f} [{i.low:.3f}, {i.high:.3f}]'
 def _short(i:Interval)->str: return f'{i.value:.3f} ± {(i.high - i.low)/2:.3f}'
 
-def _bayes_outcomes(e:Evidence, split:str)->np.ndarray:
-    "Whether the Bayes answer was the colour drawn, for each test question"
+def _bayes_outcomes(e:Evidence, split:str)->np.ndarray|None:
+    "Whether the Bayes answer was the colour drawn, for each test question; None for evidence on other questions"
     from rlcr_suite.rlcr.experiment import TEST_SEED
     from rlcr_suite.rlcr.world import draw
-    n = e.answers[e.answers.split == split].question.max() + 1
-    d = draw(int(n), split, TEST_SEED)
+    r = Runs(e, 'base', split)
+    d = draw(r.q_star.shape[1], split, TEST_SEED)
+    if not np.allclose(d.posterior.max(1), r.q_star[0], atol=1e-6): return None # stored in single precision
     return (d.posterior.argmax(1) == d.truth).astype(float)

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 import numpy as np
 from ..core.calibration import ece
+from ..core.data import message_text, question
 from .scoring import ScoringRule, brier
 
 # %% ../../nbs/01_rlcr/02_reward.ipynb #6bf2e372
@@ -141,11 +142,16 @@ def reward(correct: float | np.ndarray, # o: 0 or 1
     o, q = np.asarray(correct, float), np.asarray(confidence, float)
     if not np.isin(o, (0, 1)).all(): raise ValueError(f"correct must be 0 or 1, got {correct!r}")
     if not ((q >= 0) & (q <= 1)).all(): raise ValueError(f"confidence must lie in [0, 1], got {confidence!r}")
+    if not math.isfinite(lam): raise ValueError(f"lam must be finite, not {lam}")
     r = lam * o - rule.loss(q, o)
     return float(r) if np.ndim(r) == 0 else r
 
 # %% ../../nbs/01_rlcr/02_reward.ipynb #fd99cd48
 ABSTAIN = frozenset({"i don't know", "i do not know", "idk", "unknown", "unsure", "not sure", "cannot answer"})
+
+def _abstains(answer: str) -> bool:
+    "Is this one of `ABSTAIN`, whatever its case, its apostrophe and the punctuation around it?"
+    return " ".join(answer.lower().replace("\u2019", "'").split()).strip(" .,;:!?…\"'“”*") in ABSTAIN
 
 # %% ../../nbs/01_rlcr/02_reward.ipynb #0aced1a9
 @dataclass(frozen=True)
@@ -194,13 +200,6 @@ def _plain(g: Graded, kind: str, rule: ScoringRule, lam: float, cost: float, inv
 
 def _weighted(g: Graded, part: Callable, weight: float) -> np.ndarray: return weight * part(g)
 
-# %% ../../nbs/01_rlcr/02_reward.ipynb #b453f8dc
-def _content(message: dict) -> str:
-    "The text of one message: a string, or typed parts of which the text ones count"
-    c = message.get("content")
-    if isinstance(c, (list, tuple)): c = "".join(part.get("text") or "" for part in c if isinstance(part, dict))
-    return c if isinstance(c, str) else ""
-
 # %% ../../nbs/01_rlcr/02_reward.ipynb #0ae918d8
 def completion_text(completion: str | list[dict], # as TRL passes it
                    ) -> str: # the text of the model's last message, thinking included
@@ -209,14 +208,9 @@ def completion_text(completion: str | list[dict], # as TRL passes it
     turns = [m for m in completion or () if m.get("role", "assistant") == "assistant"]
     if not turns: return ""
     thought = turns[-1].get("reasoning_content") or turns[-1].get("thinking")
-    return (f"<think>{thought}</think>" if thought else "") + _content(turns[-1])
+    return (f"<think>{thought}</think>" if thought else "") + message_text(turns[-1])
 
 # %% ../../nbs/01_rlcr/02_reward.ipynb #6b48a74f
-def _question(prompt: str | list[dict]) -> str:
-    "The question in a prompt: the text, or what the user said last"
-    if isinstance(prompt, str): return prompt
-    return next((_content(m) for m in reversed(prompt or ()) if m.get("role") == "user"), "")
-
 def _takes_question(verify: Callable) -> bool:
     "Does `verify` accept a keyword `question`?"
     try: ps = inspect.signature(verify).parameters
@@ -229,15 +223,15 @@ class _Grader:
     def __init__(self, verify: Callable, mode: str):
         if not callable(verify): raise ValueError(f"verify must be callable as verify(pred, gold, question=None), not {verify!r}")
         self.verify, self.mode, self.ask = verify, mode, _takes_question(verify)
-        self._key, self._graded = None, None
+        self._key, self.graded = None, None   # the last batch
 
     def __call__(self, prompts: list, completions: list, columns: dict[str, Any]) -> Graded:
         texts, golds = [completion_text(c) for c in completions], _golds(columns, len(completions))
-        questions = columns.get("question") or [_question(p) for p in prompts]
+        questions = columns.get("question") or [question(p) for p in prompts]
         if (key := (texts, golds, questions)) != self._key:
-            self._graded = self._grade(texts, golds, questions)
+            self.graded = self._grade(texts, golds, questions)
             self._key = key       # after grading: a verifier that raised is asked again
-        return self._graded
+        return self.graded
 
     def _grade(self, texts: list[str], golds: list, questions: list[str]) -> Graded:
         parsed = tuple(parse(t, self.mode) for t in texts)
@@ -247,7 +241,7 @@ class _Grader:
             for i, v in zip(read, verdicts, strict=True): correct[i] = v
         return Graded(ok=np.array([p.ok for p in parsed], bool), correct=correct,
                       confidence=np.array([math.nan if p.confidence is None else p.confidence for p in parsed]),
-                      abstained=np.array([p.ok and p.answer.lower().rstrip(".") in ABSTAIN for p in parsed], bool), parsed=parsed)
+                      abstained=np.array([p.ok and _abstains(p.answer) for p in parsed], bool), parsed=parsed)
 
     def _verdicts(self, answers: Sequence[str], golds: Sequence, questions: Sequence[str]) -> list[bool]:
         "One verdict an answer; a verifier with a method `many` is asked about all at once"
@@ -285,6 +279,11 @@ class RewardFunction:
                  score: Callable[[Graded], np.ndarray], # the worth of each completion
                  log: bool = False): # send the batch's metrics to TRL?
         self.__name__, self.grader, self.score, self.log = name, grader, score, log
+
+    @property
+    def mode(self) -> str: return self.grader.mode # the sections that are read, one of `MODES`
+    @property
+    def graded(self) -> Graded | None: return self.grader.graded # the last batch; `None` before the first
 
     def __call__(self, prompts: list, completions: list, log_metric: Callable | None = None, log_extra: Callable | None = None,
                  **columns) -> list[float]:

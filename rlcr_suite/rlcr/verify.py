@@ -205,8 +205,12 @@ class ChatJudge:
         "Ask about one answer; an empty one is wrong without asking"
         return self.many([pred], [gold], [question])[0]
 
-    def many(self, preds: Sequence[str], golds: Sequence, questions: Sequence[str | None]) -> list[bool]:
-        "Ask about many answers at once, each distinct triple once"
+    def many(self, preds: Sequence[str], # (n,) the stated answers
+             golds: Sequence[str | Iterable[str]], # (n,) the references, or their aliases
+             questions: Sequence[str | None], # (n,) what was asked
+            ) -> list[bool]: # (n,) does the judge say yes?
+        """Ask about many answers at once, each distinct triple once. Raises `ValueError` for lengths that differ, and with `strict` `RuntimeError`
+        where the judge gives no verdict"""
         keys = [(p, tuple(_golds(g)), q or "") for p, g, q in zip(preds, golds, questions, strict=True)]
         todo = [k for k in dict.fromkeys(keys) if isinstance(k[0], str) and k[0].strip()]
         asked = [self._messages(*k) for k in todo]

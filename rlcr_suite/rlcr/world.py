@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'BASE', 'SHIFT', 'HELD_OUT', 'INSTRUMENTS', 'SKIES', 'DOMAINS', 'GRID', 'UNKNOWN', 'TAGS', 'BLUSTER',
            'P_UNKNOWN', 'P_RANDOM', 'P_GUT', 'GUT_NOISE', 'strength', 'reliability', 'posterior', 'Domain', 'Draw',
-           'draw', 'question', 'completion', 'tokenizer', 'questions', 'demonstrations', 'analyse', 'Graded', 'grade']
+           'draw', 'question', 'completion', 'tokenizer', 'questions', 'demonstrations', 'analyse', 'Judged', 'grade']
 
 # %% ../../nbs/01_rlcr/05_world.ipynb #a507b4ba
 import re
@@ -194,7 +194,7 @@ def analyse(problem:str, # the question's text; not needed, the solution has the
 
 # %% ../../nbs/01_rlcr/05_world.ipynb #35503431
 @dataclass(frozen=True)
-class Graded:
+class Judged:
     "Completions of world questions, read and judged; one entry a completion"
     ok: np.ndarray # bool: the format was kept
     answer: np.ndarray # str; '' where none could be read
@@ -205,7 +205,7 @@ class Graded:
 def grade(ds, # questions
           texts:list[str], # one completion a question
           mode:str='tabc', # a mode of `reward.parse`
-         )->Graded: # n entries
+         )->Judged: # n entries
     """Judge completions against the colour drawn and against the posterior. `p_correct` has no noise of a single draw in it and is the better
     measure of accuracy where the posterior is known. Raises `ValueError` if lengths differ"""
     from rlcr_suite.rlcr.reward import parse
@@ -214,6 +214,6 @@ def grade(ds, # questions
     answer = np.array([s.answer or '' for s in said], dtype=object)
     post = np.array(ds['posterior'])
     p = np.array([post[i, COLOURS.index(a)] if a in COLOURS else 0. for i, a in enumerate(answer)])
-    return Graded(ok=np.array([s.ok for s in said]), answer=answer,
+    return Judged(ok=np.array([s.ok for s in said]), answer=answer,
                   confidence=np.array([np.nan if s.confidence is None else s.confidence for s in said]),
                   correct=(answer == np.array(ds['answer'], dtype=object)).astype(float), p_correct=p)

@@ -212,7 +212,7 @@ def test_a_model_behind_a_server_plays_pragmatically(tmp_path):
         asked['clue' if 'has to find' in text else 'number'] += 1
         return 'Clue: xylophone' if 'has to find' in text else '30'
     with ScriptedServer(reply) as server:
-        r = CliRunner().invoke(app, ['play', '--as', 'clue-giver', '--listener', 'rsa', '--base-url', server.base_url, '--rounds', '1', '--save', str(tmp_path/'game.jsonl')], input='about 7\nzebra\n')
+        r = CliRunner().invoke(app, ['play', '--as', 'clue-giver', '--listener', 'rsa', '--model', 'any', '--base-url', server.base_url, '--rounds', '1', '--save', str(tmp_path/'game.jsonl')], input='about 7\nzebra\n')
     assert r.exit_code == 0, (r.output, r.exception)
     row, = (json.loads(l) for l in (tmp_path/'game.jsonl').read_text().splitlines())
     assert row['clue'] == 'zebra' and "'7' is a number" in r.output and asked == {'clue': 21, 'number': 64}

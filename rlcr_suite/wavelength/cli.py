@@ -6,8 +6,9 @@
 __all__ = ['app', 'play', 'check', 'people']
 
 # %% ../../nbs/12_wavelength/11_commands.ipynb #cb53a355
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 import sys
 import typer
 from rich.markup import escape
@@ -31,15 +32,14 @@ def _read() -> str:
     if not (line := sys.stdin.readline()): raise EOFError
     return line
 
-def _chat(model: str | None, base_url: str | None) -> 'Chat | None':
-    "The model that is named, if one is"
-    if base_url:
-        from rlcr_suite.core.chat import ServerChat
-        return ServerChat(model or 'default', base_url)
-    if not model: return None
-    from rlcr_suite.core.chat import LocalChat
+def _chat(model: str | None, base_url: str | None) -> Any: # a context with the chat in it; with None where no model is named
+    "The model that the options name. Raises `ValueError` for a server without a model's name."
+    if base_url and not model: raise ValueError('--base-url needs --model, the name by which the server knows it')
+    if not model: return nullcontext()
+    from rlcr_suite.core.chat import LocalChat, ServerChat
+    if base_url: return ServerChat(model, base_url)
     from rlcr_suite.core.lm import load
-    return LocalChat(*load(model))
+    return nullcontext(LocalChat(*load(model)))
 
 def _model_game(chat: 'Chat', role: str, rsa: bool, rounds: int, seed: int, method: str) -> 'GuessGame | ClueGame':
     "A game in which a model guesses, literally or pragmatically"
@@ -53,17 +53,18 @@ def _model_game(chat: 'Chat', role: str, rsa: bool, rounds: int, seed: int, meth
     if role == 'guesser': return GuessGame(draw(items(population, seed=seed), rounds, seed), {name: listener})
     return ClueGame(deal([e.scale for e in population.entries], rounds, seed), listener, name)
 
-def _data_game(path: Path, rounds: int, seed: int) -> 'GuessGame':
+def _data_game(path: Path, rsa: bool, rounds: int, seed: int) -> 'GuessGame':
     "A game of clues from a file"
     from rlcr_suite.wavelength.game import Replay, load_items
     from rlcr_suite.wavelength.play import GuessGame, draw
-    items = load_items(path)
-    return GuessGame(draw(items, rounds, seed), {'people': Replay(items)})
+    from rlcr_suite.wavelength.pragmatics import RSAListener
+    people = Replay(items := load_items(path))
+    return GuessGame(draw(items, rounds, seed), {'people': people} | ({'RSA': RSAListener(people, people.clues)} if rsa else {}))
 
 @app.command(epilog=_examples('rlcr-suite wavelength play', 'rlcr-suite wavelength play --as clue-giver --listener rsa --save game.jsonl',
                               'rlcr-suite wavelength play --as clue-giver --listener model --base-url http://127.0.0.1:8000/v1 --model Qwen3-8B', 'rlcr-suite wavelength play --data games.csv'))
 def play(role: Annotated[Literal['guesser', 'clue-giver'], Option('--as', help='What you are.')] = 'guesser',
-         listener: Annotated[Literal['lexicon', 'rsa', 'model'], Option(help='Who listens beside you, or to you.')] = 'lexicon',
+         listener: Annotated[Literal['lexicon', 'rsa', 'model'] | None, Option(help='Who listens beside you, or to you; by default the model where one is named, else the lexicon.')] = None,
          model: Annotated[str | None, Option(help='A checkpoint: a folder, a name on the Hugging Face hub, or what a server calls it.')] = None,
          base_url: Annotated[str | None, Option(help='An OpenAI-compatible server.')] = None,
          method: Annotated[Literal['logprob', 'sample'] | None, Option(help="How a model's beliefs are read; by default from log-probabilities, from a server by samples.")] = None,
@@ -74,13 +75,14 @@ def play(role: Annotated[Literal['guesser', 'clue-giver'], Option('--as', help='
     from rich.console import Console
     from rlcr_suite.core.play import terminal
     from rlcr_suite.wavelength.play import lexicon_games
-    if listener == 'model' and not (model or base_url): raise ValueError('--listener model needs --model or --base-url')
-    if data and (role != 'guesser' or model or base_url): raise ValueError('--data is for a guesser, and without a model')
-    chat = _chat(model, base_url) if not data else None
-    if data: game = _data_game(data, rounds, seed)
-    elif chat is not None: game = _model_game(chat, role, listener == 'rsa', rounds, seed, method or ('sample' if base_url else 'logprob'))
-    else: game = lexicon_games(role, listener == 'rsa', rounds, seed)
-    terminal(game, save, Console(force_jupyter=False, highlight=False), _read) # plain output, also where a notebook calls this
+    if listener == 'model' and not model: raise ValueError('--listener model needs --model')
+    if listener == 'lexicon' and model: raise ValueError('--model names who listens: leave out --listener lexicon')
+    if data and (role != 'guesser' or model or base_url or listener == 'lexicon'): raise ValueError('--data is for a guesser, and without a model or the lexicon')
+    with _chat(model, base_url) as chat:
+        if data: game = _data_game(data, listener == 'rsa', rounds, seed)
+        elif chat is not None: game = _model_game(chat, role, listener == 'rsa', rounds, seed, method or ('sample' if base_url else 'logprob'))
+        else: game = lexicon_games(role, listener == 'rsa', rounds, seed)
+        terminal(game, save, Console(force_jupyter=False, highlight=False), _read) # plain output, also where a notebook calls this
 
 # %% ../../nbs/12_wavelength/11_commands.ipynb #7f16df66
 @app.command(epilog=_examples('rlcr-suite wavelength check --left cold --right hot sauna "very hot"'))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'Mean', 'mean_of', 'expected', 'argmax_errors', 'expected_errors', 'people_means', 'agreement',
-           'judge_clues', 'Baselines', 'split_half', 'baselines']
+           'independent', 'judge_clues', 'Baselines', 'split_half', 'baselines']
 
 # %% ../../nbs/12_wavelength/04_measures.ipynb #ec1bc237
 from collections.abc import Sequence
@@ -77,6 +77,13 @@ def agreement(beliefs: np.ndarray, # (n, 21)
     return bootstrap(_r, expected(beliefs), people_means(items), n_boot=n_boot)
 
 # %% ../../nbs/12_wavelength/04_measures.ipynb #63235be1
+def independent(judge: Listener, # who guesses
+                chosen_by: Sequence[Listener], # listeners that had a part in the choice of clues
+               ) -> None:
+    "Raises `ValueError` for a judge who had a part in the choice, or who shares people with a listener that had"
+    people = lambda l: getattr(l, 'people', frozenset())
+    if any(judge is l or people(judge) & people(l) for l in chosen_by): raise ValueError('the judge had a part in choosing the clues: another listener is needed')
+
 def judge_clues(judge: Listener, # who guesses; none of those who chose
                 scale: Scale, # of the clues
                 targets: Sequence[float], # (n,) what they are for
@@ -84,7 +91,7 @@ def judge_clues(judge: Listener, # who guesses; none of those who chose
                 chosen_by: Sequence[Listener] = (), # listeners that had a part in the choice
                ) -> np.ndarray: # (n,) errors of the expected place
     "Errors of an independent listener, clue by clue. Raises `ValueError` for a judge who had a part in the choice, or if lengths differ."
-    if any(judge is l for l in chosen_by): raise ValueError('the judge had a part in choosing the clues: another listener is needed')
+    independent(judge, chosen_by)
     if len(targets) != len(clues): raise ValueError(f'{len(clues)} clues but {len(targets)} targets')
     return expected_errors(judge(scale, clues), targets)
 

@@ -144,8 +144,8 @@ def give(population:Population, # whose opinions are used
     first, count = np.searchsorted(population.scale, scale), np.bincount(population.scale)
     slot = np.arange(count.max())                                      # of the clues of a scale, which stand side by side
     clue, there = np.minimum(first[:, None] + slot, len(population.clues) - 1), slot < count[scale][:, None]
-    noise = stream(seed, 'recall').gumbel(size=clue.shape)
-    key = np.where(there, population.salience[clue] + noise, -np.inf)
+    noise = stream(seed, 'recall').gumbel(size=(len(who), len(population.clues)))
+    key = np.where(there, population.salience[clue] + np.take_along_axis(noise, clue, 1), -np.inf)
     order = np.argsort(-key, axis=1)[:, :recall]
     said = np.take_along_axis(clue, order, 1)
     far = np.abs(population.opinions[who[:, None], said] - target[:, None])
@@ -174,7 +174,7 @@ class Judge:
                  bandwidth:float=5., # of the kernel, in points
                 ):
         self.people = frozenset(row.tobytes() for row in population.guesses[people]) # who they are: what they said
-        self.replay = Replay([Item(*k, float(x), tuple(map(float, g))) for k, x, g in zip(population.clues, population.places, population.guesses[people].T)], bandwidth)
+        self.replay = Replay([Item(*k, float(x), tuple(map(float, g))) for k, x, g in zip(population.clues, population.places, population.guesses[people].T)], bandwidth, 'uniform')
 
     def clues(self, scale:Scale)->list[str]:
         "The clues of a scale, in small letters"
@@ -182,5 +182,4 @@ class Judge:
 
     def __call__(self, scale:Scale, clues:Sequence[str])->np.ndarray: # (n, 21)
         "What they believe upon hearing each clue"
-        known = {c for c in self.clues(scale)}
-        return np.stack([self.replay(scale, [c])[0] if c.casefold() in known else np.full(len(STATES), 1/len(STATES)) for c in clues])
+        return self.replay(scale, clues)

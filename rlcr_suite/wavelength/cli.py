@@ -146,16 +146,18 @@ def evaluate(path: Annotated[Path, typer.Argument(help='A .csv, .json or .jsonl 
              column: Column = None, seed: Annotated[int, Option(min=0, help='Of all draws.')] = 0, out: Annotated[Path | None, Option(help='Write the numbers as JSON.')] = None):
     "Score a model on people's games: how well it understands their clues, and how well its own are understood."
     import json
+    import numpy as np
     from rlcr_suite.core.data import atomic_write
     from rlcr_suite.core.records import stamp
     from rlcr_suite.wavelength.game import load_items
-    from rlcr_suite.wavelength.measures import baselines
+    from rlcr_suite.wavelength.measures import mean_of, people_means
     if not model: raise ValueError('--model is wanted: who is to be evaluated?')
     items, method = load_items(path, _columns(column)), method or ('sample' if base_url else 'logprob')
     with _chat(model, base_url) as chat, _chat(judge, base_url if judge else None) as other:
         found = _scores(chat, other, items, method, cot, rsa, wording, samples, draws, max_tokens, seed)
-    heard, spoken, people = found['comprehension'], found['production'], baselines(items, seed=seed)
-    rows = {'clues understood, off by': (heard['mean'], people.crowd), '  likeliest place, off by': (heard['likeliest'], ''), "  r with people's means": (heard['r'], ''), '  one person, off by': ('', people.one),
+    heard, spoken = found['comprehension'], found['production']
+    crowd, one = mean_of(np.abs(people_means(items) - [i.target for i in items])), mean_of([np.abs(np.array(i.guesses) - i.target).mean() for i in items])
+    rows = {'clues understood, off by': (heard['mean'], crowd), '  likeliest place, off by': (heard['likeliest'], ''), "  r with people's means": (heard['r'], ''), '  one person, off by': ('', one),
             'clues given, one draw, off by': (spoken['direct'], ''), '  RSA, off by': (spoken['rsa'] or '', ''), '  unknown to the judge': (f"{spoken['unknown']:.0%}", ''), '  targets without a clue': (spoken['silent'], '')}
     print(f"{'':32}{'model':>30}{'people':>26}")
     for name, (a, b) in rows.items(): print(f'{name:32}{a!s:>30}{b!s:>26}')

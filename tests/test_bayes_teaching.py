@@ -250,3 +250,49 @@ def test_the_same_game_in_a_notebook(world):
     def buttons(x): return [x] if isinstance(x, w.Button) else [b for c in getattr(x, "children", ()) for b in buttons(c)]
     for option in ("Flight 3", "Flight 1"): next(b for b in buttons(box) if b.description == option).click()
     assert [r["preferred"] for r in game.rows] == [2, 0] and not buttons(box)
+
+@pytest.mark.parametrize("failure", (RuntimeError("the server is gone"), ValueError("the prompt is too long"), KeyboardInterrupt()))
+def test_a_model_that_fails_loses_no_move(world, tmp_path, failure):
+    "In the second round: what was chosen in the first is on disk, nothing is taken for a rule of the game, and the same game goes on"
+    from rich.console import Console
+    from rlcr_suite.core import play
+    from rlcr_suite.bayes_teaching.play import UserGame
+    class Fails:
+        asked = 0
+        def generate(self, messages, n=1, *args, **kwargs):
+            self.asked += 1
+            if self.asked == 2: raise failure
+            return [f"Flight {len(messages) % 3 + 1}"]*n
+    chat, lines, moves, steady = Fails(), iter(["1", "2", "3"]), tmp_path/"moves.jsonl", UserGame(world, rounds=3, seed=3)
+    game = UserGame(world, rounds=3, seed=3, chat=chat)
+    def run():
+        with open(tmp_path/"screen", "a") as f: return play.terminal(game, moves, Console(file=f, width=200), lambda: next(lines))
+    if isinstance(failure, KeyboardInterrupt): assert run() is False and "the moves are in" in (tmp_path/"screen").read_text()
+    else:
+        with pytest.raises(type(failure), match=str(failure)): run()
+    assert [r["preferred"] for r in map(json.loads, moves.read_text().splitlines())] == [0] and len(game.rows) == 1
+    assert run() and chat.asked == 4
+    rows = [json.loads(l) for l in moves.read_text().splitlines()]
+    assert [r["round"] for r in rows] == [1, 2, 3] and rows == game.rows
+    assert [r["reply"] for r in rows] == [f"Flight {n % 3 + 1}" for n in (1, 3, 5)]          # each round's own advice: no stale one
+    for choice in "123": steady.move(choice)                                                # without `ask`, and without a model
+    assert [r["preferred"] for r in steady.rows] == [0, 1, 2]
+
+def test_a_failure_in_a_notebook_is_shown_and_can_be_mended(world):
+    w = pytest.importorskip("ipywidgets")
+    from rlcr_suite.core.play import widget
+    from rlcr_suite.bayes_teaching.play import UserGame
+    replies = iter(["Flight 1", RuntimeError("the server is gone"), "Flight 2"])
+    class Fails:
+        def generate(self, messages, *args, **kwargs):
+            if isinstance(r := next(replies), Exception): raise r
+            return [r]
+    game = UserGame(world, rounds=2, seed=3, chat=Fails())
+    box = widget(game)
+    def buttons(x): return [x] if isinstance(x, w.Button) else [b for c in getattr(x, "children", ()) for b in buttons(c)]
+    buttons(box)[2].click()
+    assert "the server is gone" in box.children[1].value and [b.description for b in buttons(box)] == ["Try again"] and len(game.rows) == 1
+    buttons(box)[0].click()
+    assert "gone" not in box.children[1].value
+    buttons(box)[1].click()
+    assert [r["advised"] for r in game.rows] == [0, 1] and not buttons(box)

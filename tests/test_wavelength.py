@@ -152,6 +152,27 @@ def test_samples_and_logprobs_are_one_listener(chat):
     full /= full.sum()
     assert 0 < read < n and (abs(got - full) < 4*np.sqrt(full*(1 - full)/read) + 1e-9).all()
 
+def test_clues_are_scored_side_by_side_as_one_at_a_time(chat):
+    "In batches that end within a clue's answers, with repetitions, and beside a chat that has no batches"
+    class Alone:
+        def __init__(self, chat): self.tok, self.logprobs = chat.tok, chat.logprobs
+    together = ModelListener(LocalChat(chat.model, chat.tok, batch_size=10), wording=ONE)(HEAT, ['sauna', 'tea', 'sauna', 'lava'])
+    np.testing.assert_allclose(together, ModelListener(Alone(chat), wording=ONE)(HEAT, ['sauna', 'tea', 'sauna', 'lava']), atol=1e-6)
+    np.testing.assert_array_equal(together[0], together[2])
+    assert abs(together[0] - together[1]).max() > 1e-3
+
+def test_a_thought_is_weighed_alike_in_a_batch(chat):
+    "The mean over thoughts, each scored with what was said"
+    asked = []
+    class Thinks:
+        def generate(self, messages, n=1, **kw): return [f'thought {i}' for i in range(n)]
+        def logprobs(self, messages, options):
+            asked.append(messages[1]['content'])
+            return np.where(np.arange(21) == len(asked), 0., -np.inf)
+    p = ModelListener(Thinks(), cot=True, thoughts=4, end='')(HEAT, ['tea'])[0]
+    assert asked == [f'thought {i}' for i in range(4)]
+    np.testing.assert_allclose(p, np.isin(np.arange(21), [1, 2, 3, 4])/4)
+
 def test_draws_do_not_depend_on_what_else_is_asked(chat):
     def ask(clues, seed): return dict(zip(clues, ModelListener(chat, 'sample', samples=64, max_tokens=1, wording=ONE, seed=seed)(HEAT, clues)))
     a, b, c = ask(['sauna', 'tea'], 0), ask(['lava', 'tea', 'sauna'], 0), ask(['tea'], 1)
@@ -200,6 +221,15 @@ def test_measures_by_hand():
     with pytest.raises(ValueError, match='had a part'): judge_clues(judge, HEAT, [70], ['tea'], [judge])
     with pytest.raises(ValueError, match='probabilities'): argmax_errors([-tied], [10])
 
+def test_a_judge_shares_nobody_with_who_chose():
+    "People are the same people in another object, and in part"
+    from rlcr_suite.wavelength.lexicon import Judge, Population
+    p, again, others = Population(people=20), Population(people=20), Population(people=20, seed=1)
+    scale, clue = p.clues[0]
+    for l in (Judge(again, slice(0, 10)), Judge(again, slice(9, 20))):
+        with pytest.raises(ValueError, match='had a part'): judge_clues(Judge(p, slice(0, 10)), scale, [5], [clue], [l])
+    for l in (Judge(p, slice(10, 20)), Judge(others, slice(0, 10))): assert judge_clues(Judge(p, slice(0, 10)), scale, [5], [clue], [l]).shape == (1,)
+
 # ---------------------------------------------------------------------------------------------------------------- play
 
 def test_a_model_behind_a_server_plays_pragmatically(tmp_path):
@@ -212,9 +242,34 @@ def test_a_model_behind_a_server_plays_pragmatically(tmp_path):
         asked['clue' if 'has to find' in text else 'number'] += 1
         return 'Clue: xylophone' if 'has to find' in text else '30'
     with ScriptedServer(reply) as server:
-        r = CliRunner().invoke(app, ['play', '--as', 'clue-giver', '--listener', 'rsa', '--base-url', server.base_url, '--rounds', '1', '--save', str(tmp_path/'game.jsonl')], input='about 7\nzebra\n')
+        r = CliRunner().invoke(app, ['play', '--as', 'clue-giver', '--listener', 'rsa', '--model', 'any', '--base-url', server.base_url, '--rounds', '1', '--save', str(tmp_path/'game.jsonl')], input='about 7\nzebra\n')
     assert r.exit_code == 0, (r.output, r.exception)
     row, = (json.loads(l) for l in (tmp_path/'game.jsonl').read_text().splitlines())
     assert row['clue'] == 'zebra' and "'7' is a number" in r.output and asked == {'clue': 21, 'number': 64}
     # 'zebra' and 'xylophone' are 30 for sure, silence is anything: still 30
     assert row['guess'] == pytest.approx(30)
+
+def test_a_checkpoint_is_evaluated_on_games_with_a_column_a_guess(tmp_path, chat, monkeypatch):
+    "From the command line, judged by the people of the file and by another model; the same seed finds the same"
+    from contextlib import nullcontext
+    from typer.testing import CliRunner
+    from rlcr_suite.wavelength import cli
+    class Speaks:
+        "The answers of an untrained model, and two clues by turns, one of which nobody was asked about"
+        logprobs, tok = chat.logprobs, chat.tok
+        def generate(self, messages, n=1, **kw): return (['sauna', 'zebra']*n)[:n]
+    monkeypatch.setattr(cli, '_chat', lambda model, base_url: nullcontext(Speaks() if model else None))
+    (games := tmp_path/'games.csv').write_text('left,right,clue,target,g1,g2\nquick,slow,sauna,85,80,90\nquick,slow,tea,40,,45\n')
+    def run(*more):
+        r = CliRunner().invoke(cli.app, ['evaluate', str(games), '--column', 'guess=g*', '--model', 'any', '--draws', '8', '--out', str(tmp_path/'out.json'), *more])
+        assert r.exit_code == 0, (r.output, r.exception)
+        return json.loads((tmp_path/'out.json').read_text())
+    first, again, judged = run('--rsa'), run('--rsa'), run('--judge', 'other')
+    assert first['comprehension'] == again['comprehension'] and first['production'] == again['production']
+    assert first['comprehension']['mean']['n'] == 2 and first['production']['rsa'] and judged['production']['rsa'] is None
+    assert first['production']['unknown'] == .5 and judged['production']['unknown'] is None and first['production']['silent'] == 0
+    sauna = float(smooth([80, 90]) @ STATES)
+    assert first['production']['direct']['value'] == pytest.approx(np.mean([abs(x - t) for t in (85, 40) for x in (sauna, 50)]))
+    with pytest.raises(ValueError, match='takes ours=theirs'): CliRunner().invoke(cli.app, ['evaluate', str(games), '--column', 'guess', '--model', 'any'], catch_exceptions=False)
+    r = CliRunner().invoke(cli.app, ['evaluate', str(games), '--column', 'guess=g*', '--model', 'any', '--wording', 'terse', '--cot'])
+    assert 'no chain of thought' in str(r.exception)

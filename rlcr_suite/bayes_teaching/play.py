@@ -84,29 +84,31 @@ class UserGame(_Rounds):
         super().__post_init__()
         check_style(self.style)
         self.title, self.talk = f'Which {self.world.noun} do you like best? Choose by your own taste, and stay with it.', Talk(self.world, self.style)
-        self._advise()
+        self._advice: tuple[int, int | None, str] = -1, None, '' # round, what is advised in it, the model's words
 
-    def _advise(self) -> None:
-        "What would be advised now, before the choice is known"
-        options = self.sets[len(self.rows)]
-        if self.chat is None: self.advice, self.reply = int(self.belief.predict(options[None], 'vote')[0, 0]), ''
-        else:
-            self.reply = self.chat.generate(self.talk.ask(options), 1, self.max_tokens or SHORT[self.style], 0.)[0]
-            self.advice = parse_choice(self.reply, self.world.noun)
+    def _advise(self) -> tuple[int | None, str]: # option, and the model's words
+        "What is advised in this round, before the choice is known; asked for once"
+        t = len(self.rows)
+        if self._advice[0] != t:
+            if self.chat is None: advice, reply = int(self.belief.predict(self.sets[t][None], 'vote')[0, 0]), ''
+            else: advice = parse_choice(reply := self.chat.generate(self.talk.ask(self.sets[t]), 1, self.max_tokens or SHORT[self.style], 0.)[0], self.world.noun)
+            self._advice = t, advice, reply
+        return self._advice[1:]
 
     def ask(self) -> str:
-        "The three options of this round; empty when the game is over"
+        "The three options of this round; empty when the game is over. Raises what the model raises, and then nothing has changed."
+        if not self.over: self._advise()
         return self._show('Which do you like best?')
 
     def move(self, text: str) -> None:
         "Choose. Raises `ValueError` for what is not one of the three, and when the game is over."
-        best, options, advised = self._pick(text), self.sets[len(self.rows)], self.advice
-        self._learn(best, advised=advised, reply=self.reply, correct=advised == best)
-        self.talk.hear(options, self.reply if self.chat else answer(self.world, advised, self.style), best)
+        best, options = self._pick(text), self.sets[len(self.rows)]
+        advised, reply = self._advise()
+        self.talk.hear(options, reply if self.chat else answer(self.world, advised, self.style), best)
+        self._learn(best, advised=advised, reply=reply, correct=advised == best)
         self.right += advised == best
         named = 'I could not decide' if advised is None else f'I would have named {answer(self.world, advised)}'
         self.heard = f'{named}: {"correct" if advised == best else "incorrect"}. Right in {self.right} of {len(self.rows)}.'
-        if not self.over: self._advise()
 
     def panels(self) -> list[Panel]:
         "What Bayes believes about each of your tastes"

@@ -81,20 +81,21 @@ def terminal(game: Game, # not over
              console: 'Console | None' = None, # where to write; None: the terminal
              read: Callable[[], str] = input, # gives a line; `EOFError` ends the game
             ) -> bool: # whether the game was played to its end
-    "Play in a terminal. What the rules forbid is explained and asked again; Ctrl-C and the end of the input leave the game"
+    "Play in a terminal. What the rules forbid is explained and asked again; Ctrl-C and the end of the input leave the game. Raises what `game.ask` raises, with every move before it saved"
     from rich.console import Console
     console = console or Console(highlight=False)
     console.print(f'[bold]{game.title}[/bold]')
     _show(console, game)
-    while question := game.ask():
-        console.print(question, markup=False)
-        for i, o in enumerate(game.options() or [], 1): console.print(f'  {i}  {o}', markup=False)
-        try:
-            game.move(_choice(read().strip(), game.options()))
-        except ValueError as e: console.print(f'{e}', style='yellow', markup=False); continue
-        except (EOFError, KeyboardInterrupt): console.print('Left.' if save is None else f'Left; the moves are in {save}.', markup=False); return False
-        _save(game, save)
-        _show(console, game)
+    try:
+        while question := game.ask():
+            console.print(question, markup=False)
+            for i, o in enumerate(game.options() or [], 1): console.print(f'  {i}  {o}', markup=False)
+            answer = _choice(read().strip(), game.options())
+            try: game.move(answer)
+            except ValueError as e: console.print(f'{e}', style='yellow', markup=False); continue
+            _save(game, save)
+            _show(console, game)
+    except (EOFError, KeyboardInterrupt): console.print('Left.' if save is None else f'Left; the moves are in {save}.', markup=False); return False
     return True
 
 # %% ../../nbs/00_core/15_play.ipynb #a26710f5
@@ -114,17 +115,23 @@ def widget(game: Game, # not over
     w = extra('ipywidgets', 'dev')
     told, asked, beliefs, answers = w.HTML(), w.HTML(), w.HTML(), w.VBox()
     def show(problem: str = '') -> None:
-        told.value = f'<b>{escape(game.title)}</b> {escape(game.said())}'
-        asked.value = f'<pre>{escape(game.ask())}</pre>' + (f'<p style="color:#b45309">{escape(problem)}</p>' if problem else '')
-        beliefs.value = ''.join(map(_html, game.panels()))
-        answers.children = _answers(w, game, move) if game.ask() else ()
+        told.value, beliefs.value = f'<b>{escape(game.title)}</b> {escape(game.said())}', ''.join(map(_html, game.panels()))
+        try: question, choices = (question := game.ask()), _answers(w, game, move) if question else ()
+        except Exception as e: question, choices, problem = '', _retry(w, show), f'{type(e).__name__}: {e}'
+        asked.value, answers.children = f'<pre>{escape(question)}</pre>' + (f'<p style="color:#b45309">{escape(problem)}</p>' if problem else ''), choices
     def move(answer: str) -> None:
         try: game.move(answer)
-        except ValueError as e: return show(str(e))
+        except Exception as e: return show(str(e) if isinstance(e, ValueError) else f'{type(e).__name__}: {e}')
         _save(game, save)
         show()
     show()
     return w.VBox([told, asked, answers, beliefs])
+
+def _retry(w, show: Callable[[], None]) -> list: # of widgets
+    "A button that asks again"
+    again = w.Button(description='Try again')
+    again.on_click(lambda _: show())
+    return [again]
 
 def _answers(w, game: Game, move: Callable[[str], None]) -> list: # of widgets
     "A button an option, or a line to write in"

@@ -10,8 +10,9 @@ __all__ = ['STATES', 'NUMBER', 'WHOLE', 'ANSWER', 'ENDINGS', 'NEGATIONS', 'MODIF
 # %% ../../nbs/12_wavelength/01_game.ipynb #a04a6c80
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 import math, re
 import numpy as np
 
@@ -151,6 +152,11 @@ def _on_scale(x: Any, where: str) -> float:
     if not 0 <= value <= 100: raise ValueError(f'{where}: a number from 0 to 100 is expected, got {x!r}')
     return value
 
+def _said(row: dict, column: str) -> list | None: # None where there are none
+    "The guesses of a row: in one column, or in all that a pattern such as guess_* names, empty cells aside"
+    if '*' in column: return [x for c, x in row.items() if c is not None and fnmatchcase(c, column) and x not in (None, '')] or None
+    return x if (x := row.get(column)) is None or isinstance(x, list) else [x]
+
 def load_items(path: str | Path, # a .csv, .json or .jsonl file
                columns: Mapping[str, str] | None = None, # our name -> the file's name, where they differ
                synonyms: Mapping[tuple[str, str], Iterable[str]] | None = None, # of the poles (left, right), for `check_clue`
@@ -160,10 +166,11 @@ def load_items(path: str | Path, # a .csv, .json or .jsonl file
     if stray := set(name) - set(COLUMNS): raise ValueError(f"columns may rename {', '.join(COLUMNS)}, not {', '.join(sorted(stray))}")
     rows, found = _rows(path), {}
     for i, row in enumerate(rows, 1):
-        if lost := [name[c] for c in COLUMNS if row.get(name[c]) is None]: raise ValueError(f"{path.name}, row {i}: no {lost[0]!r}; there are {', '.join(map(repr, row))}")
+        said = _said(row, name['guess'])
+        if lost := [name[c] for c in COLUMNS[:4] if row.get(name[c]) is None] + [name['guess']]*(said is None): raise ValueError(f"{path.name}, row {i}: no {lost[0]!r}; there are {', '.join(map(repr, row))}")
         left, right, clue = (str(row[name[c]]).strip() for c in COLUMNS[:3])
-        target, said = _on_scale(row[name['target']], f'{path.name}, row {i}, target'), row[name['guess']]
-        guesses = [_on_scale(g, f'{path.name}, row {i}, guess') for g in (said if isinstance(said, list) else [said])]
+        target = _on_scale(row[name['target']], f'{path.name}, row {i}, target')
+        guesses = [_on_scale(g, f'{path.name}, row {i}, guess') for g in said]
         first, sofar = found.setdefault((left, right, clue), (target, []))
         if first != target: raise ValueError(f'{path.name}, row {i}: {clue!r} has the targets {first:g} and {target:g}')
         sofar += guesses
@@ -189,8 +196,10 @@ class Replay:
     def __init__(self,
                  items: Iterable[Item], # with guesses
                  bandwidth: float = 5., # of the kernel, in points
+                 unknown: Literal['refuse', 'uniform'] = 'refuse', # what is done with a clue that nobody was asked about
                 ):
-        self.bandwidth, self.known = bandwidth, {}
+        if unknown not in ('refuse', 'uniform'): raise ValueError(f"unknown must be 'refuse' or 'uniform', got {unknown!r}")
+        self.bandwidth, self.unknown, self.known = bandwidth, unknown, {}
         for i in items: self.known.setdefault((i.scale.left, i.scale.right), {})[i.clue.casefold()] = smooth(i.guesses, bandwidth)
 
     def clues(self, scale: Scale) -> list[str]:
@@ -198,8 +207,9 @@ class Replay:
         return list(self.known.get((scale.left, scale.right), {}))
 
     def __call__(self, scale: Scale, clues: Sequence[str]) -> np.ndarray: # (n, 21)
-        "What people believed. Raises `ValueError` for a clue nobody was asked about."
+        "What people believed. Raises `ValueError` for a clue nobody was asked about, unless those are uniform."
         known = self.known.get((scale.left, scale.right), {})
+        if self.unknown == 'uniform': known = known | {c.casefold(): np.full(len(STATES), 1/len(STATES)) for c in clues if c.casefold() not in known}
         if lost := [c for c in clues if c.casefold() not in known]: raise ValueError(f'nobody was asked about {lost[0]!r} on the scale {scale}')
         return np.stack([known[c.casefold()] for c in clues])
 

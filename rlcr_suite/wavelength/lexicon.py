@@ -141,11 +141,16 @@ def give(population:Population, # whose opinions are used
     "The clue that each of n givers says (@sec-givers). Raises `ValueError` for a recall of nothing"
     if recall < 1: raise ValueError(f'recall must be at least 1, got {recall}')
     who, scale, target = (np.asarray(x) for x in (who, scale, target))
-    key = np.where(population.scale == scale[:, None], population.salience + stream(seed, 'recall').gumbel(size=(len(who), len(population.clues))), -np.inf)
+    first, count = np.searchsorted(population.scale, scale), np.bincount(population.scale)
+    slot = np.arange(count.max())                                      # of the clues of a scale, which stand side by side
+    clue, there = np.minimum(first[:, None] + slot, len(population.clues) - 1), slot < count[scale][:, None]
+    noise = stream(seed, 'recall').gumbel(size=(len(who), len(population.clues)))
+    key = np.where(there, population.salience[clue] + np.take_along_axis(noise, clue, 1), -np.inf)
     order = np.argsort(-key, axis=1)[:, :recall]
-    far = np.abs(population.opinions[who[:, None], order] - target[:, None])
-    far[~np.isfinite(np.take_along_axis(key, order, 1))] = np.inf      # a scale may have fewer clues than can be recalled
-    return order[np.arange(len(who)), far.argmin(1)]
+    said = np.take_along_axis(clue, order, 1)
+    far = np.abs(population.opinions[who[:, None], said] - target[:, None])
+    far[~np.take_along_axis(there, order, 1)] = np.inf                 # a scale may have fewer clues than can be recalled
+    return said[np.arange(len(who)), far.argmin(1)]
 
 # %% ../../nbs/12_wavelength/06_lexicon.ipynb #6f0aa723
 LEARN, GUESS, GIVE = slice(0, 40), slice(40, 80), slice(80, 120) # people, by what they are for
@@ -168,7 +173,8 @@ class Judge:
                  people:slice=GUESS, # whose guesses
                  bandwidth:float=5., # of the kernel, in points
                 ):
-        self.replay = Replay([Item(*k, float(x), tuple(map(float, g))) for k, x, g in zip(population.clues, population.places, population.guesses[people].T)], bandwidth)
+        self.people = frozenset(row.tobytes() for row in population.guesses[people]) # who they are: what they said
+        self.replay = Replay([Item(*k, float(x), tuple(map(float, g))) for k, x, g in zip(population.clues, population.places, population.guesses[people].T)], bandwidth, 'uniform')
 
     def clues(self, scale:Scale)->list[str]:
         "The clues of a scale, in small letters"
@@ -176,5 +182,4 @@ class Judge:
 
     def __call__(self, scale:Scale, clues:Sequence[str])->np.ndarray: # (n, 21)
         "What they believe upon hearing each clue"
-        known = {c for c in self.clues(scale)}
-        return np.stack([self.replay(scale, [c])[0] if c.casefold() in known else np.full(len(STATES), 1/len(STATES)) for c in clues])
+        return self.replay(scale, clues)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'Mean', 'mean_of', 'expected', 'argmax_errors', 'expected_errors', 'people_means', 'agreement',
-           'judge_clues', 'Baselines', 'split_half', 'baselines']
+           'independent', 'judge_clues', 'Listened', 'score_listener', 'Spoken', 'score_speaker', 'Baselines',
+           'split_half', 'baselines']
 
 # %% ../../nbs/12_wavelength/04_measures.ipynb #ec1bc237
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import math
 import numpy as np
 from ..core.stats import Interval, bootstrap, stream
-from .game import STATES, Item, Listener, Scale
+from .game import STATES, Item, Listener, Scale, Speaker
 
 # %% ../../nbs/12_wavelength/04_measures.ipynb #57e5a741
 class Mean(NamedTuple):
@@ -77,6 +78,13 @@ def agreement(beliefs: np.ndarray, # (n, 21)
     return bootstrap(_r, expected(beliefs), people_means(items), n_boot=n_boot)
 
 # %% ../../nbs/12_wavelength/04_measures.ipynb #63235be1
+def independent(judge: Listener, # who guesses
+                chosen_by: Sequence[Listener], # listeners that had a part in the choice of clues
+               ) -> None:
+    "Raises `ValueError` for a judge who had a part in the choice, or who shares people with a listener that had"
+    people = lambda l: getattr(l, 'people', frozenset())
+    if any(judge is l or people(judge) & people(l) for l in chosen_by): raise ValueError('the judge had a part in choosing the clues: another listener is needed')
+
 def judge_clues(judge: Listener, # who guesses; none of those who chose
                 scale: Scale, # of the clues
                 targets: Sequence[float], # (n,) what they are for
@@ -84,9 +92,51 @@ def judge_clues(judge: Listener, # who guesses; none of those who chose
                 chosen_by: Sequence[Listener] = (), # listeners that had a part in the choice
                ) -> np.ndarray: # (n,) errors of the expected place
     "Errors of an independent listener, clue by clue. Raises `ValueError` for a judge who had a part in the choice, or if lengths differ."
-    if any(judge is l for l in chosen_by): raise ValueError('the judge had a part in choosing the clues: another listener is needed')
+    independent(judge, chosen_by)
     if len(targets) != len(clues): raise ValueError(f'{len(clues)} clues but {len(targets)} targets')
     return expected_errors(judge(scale, clues), targets)
+
+# %% ../../nbs/12_wavelength/04_measures.ipynb #5c1e7a02
+class Listened(NamedTuple):
+    "How well clues were understood"
+    mean: Mean # distance of the expected place from the target
+    likeliest: Mean # of the likeliest place
+    r: Interval # correlation of expected places with people's mean guesses
+
+def score_listener(listener: Listener, # who is scored
+                   items: Sequence[Item], # with guesses
+                  )->Listened:
+    "Ask a listener about each clue. Raises `ValueError` for a clue that nobody answered."
+    beliefs, target = np.concatenate([listener(i.scale, [i.clue]) for i in items]), [i.target for i in items]
+    return Listened(mean_of(expected_errors(beliefs, target)), mean_of(argmax_errors(beliefs, target)), agreement(beliefs, items))
+
+class Spoken(NamedTuple):
+    "How well clues were given"
+    direct: Mean # distance of the judge's expected place from the target, over one draw
+    rsa: Mean | None # over the pragmatic choice among the draws; None without a listener
+    unknown: float # share of the draws that say nothing to the judge; NaN for a judge who takes any clue
+    silent: int # targets without a clue
+
+def score_speaker(speaker: Speaker, # who is scored
+                  judge: Listener, # who guesses: a `Replay` with `unknown='uniform'`, or another model
+                  targets: Sequence[tuple[Scale, float]], # what clues are for
+                  listener: Listener | None = None, # the speaker's own, for RSA; none: only direct clues
+                  draws: int = 32, # clues drawn for each target
+                  alpha: float = 1., # rationality, for RSA
+                  seed: int = 0, # of the draws
+                 )->Spoken:
+    "Have a speaker give clues to an independent judge. Raises `ValueError` for a judge who has a part in the choice."
+    from rlcr_suite.wavelength.pragmatics import produce
+    independent(judge, [listener] if listener else [])
+    found, strange, silent = [], [], 0
+    for scale, target in targets:
+        if not (drawn := speaker(scale, target, draws, seed)): found, silent = [*found, [abs(50 - target)]*2], silent + 1; continue
+        said = produce(drawn, (lambda clues: listener(scale, clues)) if listener else (lambda clues: np.full((len(clues), len(STATES)), 1/len(STATES))), target, alpha)
+        error, known = np.abs(judge(scale, said.clues) @ STATES - target), judge.clues(scale) if hasattr(judge, 'clues') else None
+        found.append([said.frequencies @ error, said.probabilities @ error])
+        strange.append(np.nan if known is None else said.frequencies @ [c.casefold() not in known for c in said.clues])
+    direct, rsa = map(mean_of, np.array(found).T)
+    return Spoken(direct, rsa if listener else None, float(np.mean(strange)) if strange else math.nan, silent)
 
 # %% ../../nbs/12_wavelength/04_measures.ipynb #dc934511
 PUBLISHED = dict(crowd=7.2, one=14.3, always_50=26.4, r_target=.958, split_half=.977) # of 100 clues with 40 guesses each; the paper's own data

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 import re
 import numpy as np
-from ..core.chat import Chat
+from ..core.chat import Chat, LocalChat
 from .game import STATES, Scale, bin_of, check_clue, clean_clue, parse_number
 from .pragmatics import seed_of
 
@@ -58,6 +58,14 @@ def _end_of(chat: Chat) -> str:
     tok = getattr(chat, 'tok', None) or getattr(chat, 'tokenizer', None)
     return getattr(tok, 'eos_token', None) or ''
 
+def _logprobs(chat: Chat, many: Sequence[list[dict]], options: Sequence[str]) -> np.ndarray: # (n, options)
+    "Of each option after each conversation; a model in this process scores them side by side"
+    if type(chat) is not LocalChat: return np.stack([np.asarray(chat.logprobs(m, options), dtype=float) for m in many])
+    from rlcr_suite.core.lm import sequence_logprobs
+    rows = [m for m in many for _ in options]
+    with chat._lock: lps = sequence_logprobs(chat.model, chat.tok, rows, [*options]*len(many), batch_size=chat.batch_size)
+    return np.array([lp.sum() for lp in lps], dtype=float).reshape(len(many), len(options))
+
 class ModelListener:
     "A language model as a literal listener. What it was asked once is kept. Raises `ValueError` for a method it does not know."
     def __init__(self,
@@ -83,25 +91,28 @@ class ModelListener:
         "Texts for one clue, which do not depend on what else is asked"
         return self.chat.generate(self.wording.guess(scale, clue, self.cot), n=n, max_tokens=self.max_tokens, temperature=self.temperature, seed=seed_of(self.seed, 'guess', scale, clue))
 
-    def _scored(self, messages: list[dict]) -> np.ndarray: # (21,)
-        "Softmax over the complete answers"
-        lp = np.asarray(self.chat.logprobs(messages, [f'{s:.0f}{self.end}' for s in STATES]), dtype=float)
-        p = np.exp(lp - lp.max()) if np.isfinite(lp.max()) else np.ones(len(STATES))
-        return p/p.sum()
+    def _scored(self, many: Sequence[list[dict]]) -> np.ndarray: # (n, 21)
+        "Softmax over the complete answers to each conversation"
+        lp = _logprobs(self.chat, many, [f'{s:.0f}{self.end}' for s in STATES])
+        top = lp.max(1, keepdims=True)
+        p = np.where(np.isfinite(top), np.exp(lp - np.where(np.isfinite(top), top, 0.)), 1.)
+        return p/p.sum(1, keepdims=True)
 
     def _beliefs(self, scale: Scale, clue: str) -> np.ndarray: # (21,)
         messages = self.wording.guess(scale, clue, self.cot)
         if self.method == 'logprob':
             talks = [[*messages, dict(role='assistant', content=t), dict(role='user', content=NOW)] for t in self._draw(scale, clue, self.thoughts)] if self.cot else [messages]
-            return np.mean([self._scored(m) for m in talks], 0)
+            return self._scored(talks).mean(0)
         read = [x for x in map(parse_number, self._draw(scale, clue, self.samples)) if x is not None]
         self.lost[scale.left, scale.right, clue] = self.samples - len(read)
         return np.bincount([bin_of(x) for x in read], minlength=len(STATES))/len(read) if read else np.full(len(STATES), 1/len(STATES))
 
     def __call__(self, scale: Scale, clues: Sequence[str]) -> np.ndarray: # (n, 21)
         "What the model believes upon each clue"
-        for c in clues:
-            if (key := (scale.left, scale.right, c)) not in self._known: self._known[key] = self._beliefs(scale, c)
+        new = list(dict.fromkeys(c for c in clues if (scale.left, scale.right, c) not in self._known))
+        if new and type(self.chat) is LocalChat and self.method == 'logprob' and not self.cot: found = self._scored([self.wording.guess(scale, c, False) for c in new])
+        else: found = (self._beliefs(scale, c) for c in new) # one at a time: what was answered is kept if a later request fails
+        for c, p in zip(new, found): self._known[scale.left, scale.right, c] = p
         return np.stack([self._known[scale.left, scale.right, c] for c in clues])
 
 # %% ../../nbs/12_wavelength/03_models.ipynb #e005f50d

@@ -15,7 +15,7 @@ from ..core import trials
 from ..core.records import Claim, Rule
 from ..core.stats import Interval, bootstrap, seed_bootstrap
 from ..core.trials import Evidence, exact
-from .experiment import DRAWS, LABELS, SIZES
+from .experiment import DRAWS, SIZES
 from .game import STATES, Item
 from .lexicon import GUESS, Judge, Population, items
 
@@ -30,7 +30,7 @@ CLAIMS = (
     _claim('exact-listener', 'Pragmatic listeners of every depth and rationality are the formula, summed term by term (largest difference in float64, all clues of the lexicon)', Rule('<=', 1e-12), 'RSA, comprehension', kind='theorem'),
     _claim('exact-speaker', 'So is the pragmatic speaker (largest difference in float64, every scale and target)', Rule('<=', 1e-12), 'RSA, production', kind='theorem'),
     _claim('no-division', 'With listeners that are histograms, full of zeros, nothing is divided by zero (numbers that are not finite, of all beliefs and probabilities)', Rule('<=', 0.), 'ours: a defect of the released code', kind='theorem'),
-    _claim('forty', 'The mean of forty guesses is nearer to the target than one guess (difference of the distances)', BELOW, 'human data', '7.2 against 14.3', kind='analysis'),
+    _claim('forty', "A crowd is worth as much here as in the paper (distance of the mean of forty guesses from the target, divided by that of one)", Rule('<=', .6, on='high'), 'human data', '.50 (7.2 of 14.3)', kind='analysis'),
     _claim('halves', 'One half of the people agrees with the other (correlation of their mean guesses)', Rule('>=', .9, on='low'), 'human data', '.977', kind='analysis'),
     _claim('ceiling-small', 'The small model understands clues less well than the people replayed (distance of its mean from the target, minus theirs)', ABOVE, 'comprehension: small models'),
     _claim('ceiling-large', 'The large one understands them as well, without chains of thought or RSA (the same difference)', NEAR, 'comprehension: the best models'),
@@ -47,6 +47,8 @@ CLAIMS = (
       for s, text in (('small', 'the small model'), ('large', 'the large model'), ('people', 'the people replayed'))),
     _claim('depth', 'Beyond depth 1 nothing is gained (people replayed, depth 5 minus depth 1)', Rule('>=', -.25, on='low'), 'ours: depth'),
     _claim('alpha-listening', 'Listeners who take speakers for very rational are farther off (people replayed, alpha 8 minus alpha 1)', ABOVE, 'ours: alpha'),
+    _claim('real-cot', "Chains of thought give language models better clues than direct prompting (distance of the judge's mean from the target, with minus without)", BELOW, 'headline: production'),
+    _claim('real-production', "RSA gives language models better clues than direct prompting and than chains of thought (distance of the judge's mean, RSA minus the better of the two)", BELOW, 'headline: production'),
     _claim('real', 'The best language models match people in comprehension without chains of thought or RSA (distance from the target, model minus people)', NEAR, 'headline'),
 )
 
@@ -145,9 +147,9 @@ def correlation(e:Evidence, size:str, other:str|None=None)->Interval:
     return seed_bootstrap(_r, x(size), x(other) if other else None, n_boot=1000)
 
 def _forty(e:Evidence)->Interval:
-    "Distance of the mean of forty, minus that of one person"
+    "Distance of the mean of forty, divided by that of one person"
     g, t = np.array([i.guesses for i in asked(e)]), np.array([i.target for i in asked(e)])
-    return bootstrap(np.mean, np.abs(g.mean(1) - t) - np.abs(g - t[:, None]).mean(1))
+    return bootstrap(lambda crowd, one: crowd.mean()/one.mean(), np.abs(g.mean(1) - t), np.abs(g - t[:, None]).mean(1))
 
 def _halves(e:Evidence)->Interval:
     "Correlation of twenty with twenty"

@@ -130,10 +130,10 @@ def _ratio(xy, xx): return xy.sum()/xx.sum()
 def _sums(e:Evidence, arm:str)->tuple[np.ndarray, np.ndarray]: return of_user(e, arm, 'xy'), of_user(e, arm, 'xx')
 
 def slope(e:Evidence, arm:str, minus:float=0.)->Interval:
-    "How far an arm's probabilities move with a round, against how far Bayes' do"
+    "How far an arm's probabilities move with a round, against how far Bayes' do; over users alone where there are fewer than three runs"
     f = lambda xy, xx: _ratio(xy, xx) - minus
     xy, xx = _sums(e, arm)
-    return bootstrap(f, xy[0], xx[0], n_boot=1000) if len(xy) == 1 else seed_bootstrap(f, (xy, xx), n_boot=1000)
+    return bootstrap(f, xy.sum(0), xx.sum(0), n_boot=1000) if len(xy) < 3 else seed_bootstrap(f, (xy, xx), n_boot=1000)
 
 # %% ../../nbs/07_bayes_teaching/10_results.ipynb #03d9439a
 def _if(f:Callable)->Callable: # of the evidence

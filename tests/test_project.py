@@ -366,7 +366,7 @@ def chapters()->list[list[str]]:
     return [[c.strip() for c in l.strip('|').split('|')] for l in lines]
 
 def test_the_readme_says_what_the_ledger_says(tmp_path):
-    "`rlcr-suite reproduce` writes it; after a record was written otherwise, `python -c \"from rlcr_suite.cli import update_readme; update_readme('README.md')\"`"
+    "`rlcr-suite reproduce` writes it; after a record was written otherwise, `python -c \"from rlcr_suite.cli import update_readme; from pathlib import Path; update_readme(Path('README.md'))\"`"
     from rlcr_suite.cli import PAPERS as RUN, update_readme
     from rlcr_suite.core.records import read, table
     rows = chapters()

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlcr_suite.core import trials
+from rlcr_suite.core import records, trials
 from rlcr_suite.core.trials import Evidence, generator, read_evidence, write_evidence
 from rlcr_suite.log_linear import experiment as lle, results as llr
 from rlcr_suite.path_attention import experiment as pae, results as par
@@ -235,7 +235,7 @@ def gpu_record(paper, fla, ours='measured', deterministic=True):
 def test_speeds_of_a_gpu(monkeypatch):
     "The worst row decides; a kernel that failed counts as zero, and what nobody ran is no evidence"
     def found(results, record):
-        monkeypatch.setattr(results, 'gpu', lambda: record)
+        monkeypatch.setattr(trials, 'gpu_benchmark', lambda: record)
         return {k: results.OURS[k](None) for k in results.OURS if k.startswith('gpu')}
     assert set(found(llr, None).values()) == set(found(par, None).values()) == {None}
     f = found(llr, gpu_record('log_linear', dict(forward=(3., 1.9, None), backward=(6., 7.))))
@@ -250,11 +250,10 @@ def test_speeds_of_a_gpu(monkeypatch):
 def test_a_gpus_record_is_found(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(trials, 'benchmark', lambda name, device: asked.append((name, device)) or {'device': device})
-    for results in (llr, par):
-        monkeypatch.setattr(results, 'checkout', lambda: None)
-        assert results.gpu() is None
-        monkeypatch.setattr(results, 'checkout', lambda: tmp_path)
-        for device in ('cpu', 'nvidia-h200'):
-            (tmp_path/'benchmarks/results'/device).mkdir(parents=True, exist_ok=True)
-            (tmp_path/f'benchmarks/results/{device}/gpu.json').write_text('{}')
-        assert results.gpu() == {'device': 'nvidia-h200'} and set(asked) == {('gpu', 'nvidia-h200')}
+    monkeypatch.setattr(records, 'checkout', lambda: None)
+    assert trials.gpu_benchmark() is None
+    monkeypatch.setattr(records, 'checkout', lambda: tmp_path)
+    for device in ('cpu', 'nvidia-h200'):
+        (tmp_path/'benchmarks/results'/device).mkdir(parents=True)
+        (tmp_path/f'benchmarks/results/{device}/gpu.json').write_text('{}')
+    assert trials.gpu_benchmark() == {'device': 'nvidia-h200'} and set(asked) == {('gpu', 'nvidia-h200')}

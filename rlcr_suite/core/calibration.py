@@ -171,7 +171,7 @@ def _wilson(k: np.ndarray, n: np.ndarray, level: float) -> tuple[np.ndarray, np.
     "Wilson's interval of a proportion: sound for small n and for 0 or n right ones"
     z = NormalDist().inv_cdf((1 + level)/2)
     middle, half = (k + z*z/2)/(n + z*z), z/(n + z*z)*np.sqrt(k*(n - k)/n + z*z/4)
-    return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
+    return np.clip(middle - half, 0, k/n), np.clip(middle + half, k/n, 1) # at 0 and n rounding would leave the proportion outside
 
 def reliability(conf: Sequence[float], # (n,) stated confidence, in [0, 1]
                 correct: Sequence[bool], # (n,) 0 or 1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASKS', 'TEST_SEED', 'MEASURES', 'TABLES', 'Number', 'generator', 'Scale', 'rows', 'Trial', 'Measured', 'interval',
            'change', 'mean', 'apart', 'exact', 'Evidence', 'collect', 'Experiment', 'write_evidence', 'read_evidence',
-           'stored', 'decide', 'publish', 'benchmark', 'timed']
+           'stored', 'decide', 'publish', 'benchmark', 'timed', 'gpu_benchmark', 'times_faster']
 
 # %% ../../nbs/00_core/12_trials.ipynb #a62eb7a5
 from collections.abc import Callable, Mapping, Sequence
@@ -300,3 +300,22 @@ def timed(b:dict, # from `benchmark`
          )->dict: # arguments of `Claim.decide`
     "A speed as evidence; the range of the repeats stands for the interval"
     return dict(ours=Interval(value, low, high, b['repeats']), scale='gpu' if b['device'] != 'cpu' else 'full', evidence=b['evidence'], stamp=b['stamp'])
+
+def gpu_benchmark()->dict|None:
+    "The stored rows of `benchmarks/gpu.py`, as `benchmark` gives them, if a GPU has run it"
+    from rlcr_suite.core.records import checkout
+    found = sorted((root/'benchmarks/results').glob('*/gpu.json')) if (root := checkout()) else []
+    return next((b for f in found if f.parent.name != 'cpu' and (b := benchmark('gpu', f.parent.name))), None)
+
+def times_faster(row:str, # of `benchmarks/gpu.py`, e.g. "path forward"
+                 peer:str='fla', # a contender
+                )->Number:
+    "The number of a claim about a GPU: a peer's time over ours, the least of all rows in which both were to be timed"
+    def number(e)->dict|None:
+        b = gpu_benchmark()
+        rows = [r for r in (b or {}).get('results', ()) if r['name'] == row]
+        failed = [0. for r in rows if not r['contenders']['rlcr_suite']['status'].startswith(('measured', 'not measured'))]
+        times = failed + [r['times_faster'][peer] for r in rows if peer in r['times_faster']]
+        return timed(b, min(times), min(times), max(times)) if times else None
+    return number
+

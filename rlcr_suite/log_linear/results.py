@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BELOW', 'ABOVE', 'CLAIMS', 'SIZES', 'REWRITTEN', 'QUARTERS', 'LEARNED', 'benchmark', 'OURS', 'per_seed', 'learned',
-           'recall', 'rewritten', 'language', 'falls', 'follows', 'slope', 'gpu', 'decide', 'publish']
+           'recall', 'rewritten', 'language', 'falls', 'follows', 'slope', 'decide', 'publish']
 
 # %% ../../nbs/03_log_linear/08_results.ipynb #30679211
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 from ..core import trials
-from ..core.records import Claim, Rule, checkout
+from ..core.records import Claim, Rule
 from ..core.stats import Interval
 from ..core.trials import Evidence, Measured, apart, change, exact, interval, mean
 from .experiment import LABELS, LINEAR, MIXERS
@@ -170,25 +170,10 @@ def _ratio(what:str, T:int)->Callable: # forward or both
         return row and trials.timed(b, row['median'], row['low'], row['high'])
     return number
 
-def gpu()->dict|None:
-    "The stored rows of `benchmarks/gpu.py`, if a GPU has run it"
-    found = sorted((root/'benchmarks/results').glob('*/gpu.json')) if (root := checkout()) else []
-    return next((b for f in found if f.parent.name != 'cpu' and (b := trials.benchmark('gpu', f.parent.name))), None)
-
-def _gpu_ratio(measure:str)->Callable: # forward or backward
-    "The number of a claim about a GPU: time of the public kernel over ours, the least of all rows in which both were to be timed"
-    def number(e:Evidence)->dict|None:
-        b = gpu()
-        rows = [r for r in (b or {}).get('results', ()) if r['name'] == f'log_linear {measure}']
-        failed = [0. for r in rows if not r['contenders']['rlcr_suite']['status'].startswith(('measured', 'not measured'))]
-        times = failed + [r['times_faster']['fla'] for r in rows if 'fla' in r['times_faster']]
-        return trials.timed(b, min(times), min(times), max(times)) if times else None
-    return number
-
 # %% ../../nbs/03_log_linear/08_results.ipynb #f0e4b0b7
 OURS: dict[str, Callable] = {'forms': _forms, 'state': _state, 'special-case': _special_case, 'growth': _growth, 'crossover': _ratio('both', 16384),
                              'speed-forward': _ratio('forward', 16384), 'speed-both': _ratio('both', 16384), 'speed-short': _ratio('forward', 2048),
-                             'gpu-forward': _gpu_ratio('forward'), 'gpu-backward': _gpu_ratio('backward')}
+                             'gpu-forward': trials.times_faster('log_linear forward'), 'gpu-backward': trials.times_faster('log_linear backward')}
 for _name, _linear in (('mamba2', 'mamba2'), ('gdn', 'gated_deltanet')):
     OURS |= {f'{what}-{_name}': (lambda e, f=f, m=_linear: f(e, m)) for what, f in (('mqar', recall), ('mqrar', rewritten), ('text', language), ('falls', falls), ('follows', follows))}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BELOW', 'ABOVE', 'CLAIMS', 'LEARNED', 'benchmark', 'OURS', 'share', 'error', 'shift', 'products', 'language',
-           'longer', 'gpu', 'decide', 'publish']
+           'longer', 'decide', 'publish']
 
 # %% ../../nbs/05_path_attention/08_results.ipynb #11be6330
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 from ..core import trials
-from ..core.records import Claim, Rule, checkout
+from ..core.records import Claim, Rule
 from ..core.stats import Interval
 from ..core.trials import Evidence, Measured, apart, change, exact, interval, mean
 from .experiment import LABELS, MIXERS
@@ -155,24 +155,9 @@ def _ratio(what:str)->Callable: # forward or both
         return row and trials.timed(b, row['median'], row['low'], row['high'])
     return number
 
-def gpu()->dict|None:
-    "The stored rows of `benchmarks/gpu.py`, if a GPU has run it"
-    found = sorted((root/'benchmarks/results').glob('*/gpu.json')) if (root := checkout()) else []
-    return next((b for f in found if f.parent.name != 'cpu' and (b := trials.benchmark('gpu', f.parent.name))), None)
-
-def _gpu_ratio(measure:str)->Callable: # forward, backward or decode
-    "The number of a claim about a GPU: time of the public kernel over ours, the least of all rows in which both were to be timed"
-    def number(e:Evidence)->dict|None:
-        b = gpu()
-        rows = [r for r in (b or {}).get('results', ()) if r['name'] == f'path {measure}']
-        failed = [0. for r in rows if not r['contenders']['rlcr_suite']['status'].startswith(('measured', 'not measured'))]
-        times = failed + [r['times_faster']['fla'] for r in rows if 'fla' in r['times_faster']]
-        return trials.timed(b, min(times), min(times), max(times)) if times else None
-    return number
-
 def _gpu_training(e:Evidence)->dict|None:
     "1 if training at 64k tokens fitted and its gradients were the same bits twice, else 0"
-    b = gpu()
+    b = trials.gpu_benchmark()
     ours = next((r['contenders']['rlcr_suite'] for r in (b or {}).get('results', ()) if r['name'] == 'path training' and r['case']['T'] == 65536), None)
     if ours is None or ours['status'].startswith('not measured'): return None
     fits = float(ours['status'] == 'measured' and ours['deterministic'] is True)
@@ -183,7 +168,7 @@ OURS: dict[str, Callable] = {
     'wy': _wy, 'blocks': _blocks, 'decode': _decode, 'mqrar': _mqrar, 'speed-forward': _ratio('forward'), 'speed-both': _ratio('both'),
     'flip-flop-id': lambda e: error(e, 'path', 'id'), 'flip-flop-sparse': lambda e: error(e, 'path', 'sparse'), 'flip-flop-dense': lambda e: error(e, 'path', 'dense'),
     'rope-sparse': lambda e: shift(e, 'softmax'), 'fox-sparse': lambda e: shift(e, 'fox'),
-    'gpu-forward': _gpu_ratio('forward'), 'gpu-backward': _gpu_ratio('backward'), 'gpu-decode': _gpu_ratio('decode'), 'gpu-training': _gpu_training,
+    'gpu-forward': trials.times_faster('path forward'), 'gpu-backward': trials.times_faster('path backward'), 'gpu-decode': trials.times_faster('path decode'), 'gpu-training': _gpu_training,
     's3': lambda e: products(e, 'path', 'S3'), 's5': lambda e: products(e, 'path', 'S5'), 's5-rope': lambda e: products(e, 'path', 'S5', ('softmax', 'S5')),
     's5-fox': lambda e: products(e, 'path', 'S5', ('fox', 'S5')), 's5-longer': lambda e: products(e, 'path', 'S5', test='longer'), 'a5-layers': lambda e: products(e, 'path', 'A5-2', ('softmax', 'A5-4')),
     'text-path': lambda e: language(e, 'path', 'softmax'), 'text-path-fox': lambda e: language(e, 'path_fox', 'fox'), 'longer-rope': lambda e: longer(e, 'path_fox', 'softmax')}

@@ -164,22 +164,24 @@ def _one_row(w, scales, x, sums, r, one, M: tl.constexpr):
     quantised weights, as `_sums` makes them"""
     BITS: tl.constexpr = M.bits
     K: tl.constexpr = M.K
+    BN: tl.constexpr = M.BN
+    BK: tl.constexpr = M.BK
     PARTS: tl.constexpr = 32//BITS
     COUNT: tl.constexpr = K//PARTS                                                # words a row
-    EVEN: tl.constexpr = COUNT % M.BK == 0
-    WORDS: tl.constexpr = M.BK if BITS >= 16 else 128//PARTS                      # words whose parts i lie side by side
+    EVEN: tl.constexpr = COUNT % BK == 0
+    WORDS: tl.constexpr = BK if BITS >= 16 else 128//PARTS                      # words whose parts i lie side by side
     HALF: tl.constexpr = w.dtype.element_ty == tl.float16
     r = r[:, None]
     row = r.to(tl.int64)*COUNT
     if BITS >= 16: w = w.to(tl.pointer_type(tl.int32))
-    j = tl.arange(0, M.BK)[None, :]
+    j = tl.arange(0, BK)[None, :]
     column = j//WORDS*(WORDS*PARTS) + j % WORDS + 0*r                             # (BN, BK)
-    acc = tl.zeros((M.BN, M.BK), tl.float32)
-    for k in range(0, COUNT, M.BK):
+    acc = tl.zeros((BN, BK), tl.float32)
+    for k in range(0, COUNT, BK):
         ok = (k + j < COUNT) & (r >= 0)                                           # only asked where the last step is not full
         if EVEN: word = tl.load(w + row + (k + j), eviction_policy="evict_first")
         else: word = tl.load(w + row + (k + j), mask=ok, other=0, eviction_policy="evict_first")
-        part = tl.zeros((M.BN, M.BK), tl.float32) if BITS == 4 else acc           # 4 bits have a scale for each block of columns
+        part = tl.zeros((BN, BK), tl.float32) if BITS == 4 else acc           # 4 bits have a scale for each block of columns
         for i in tl.static_range(PARTS):
             if EVEN: xk = tl.load(x + (k*PARTS + column + i*WORDS))
             else: xk = tl.load(x + (k*PARTS + column + i*WORDS), mask=ok, other=0.)
@@ -218,13 +220,14 @@ def _rows(w, scales, x, gain, unit, r, m, one, M: tl.constexpr, eps, NORM: tl.co
     applied to the sum; but float16 might not hold a stream that is not normed yet, so there each row of x is first multiplied by its `unit` (R,)"""
     BITS: tl.constexpr = M.bits
     K: tl.constexpr = M.K
+    BN: tl.constexpr = M.BN
     BK: tl.constexpr = M.BK
     S: tl.constexpr = M.S
     FIRST: tl.constexpr = NORM and w.dtype.element_ty == tl.float16
     s, j, i = tl.arange(0, S), tl.arange(0, BK), tl.arange(0, R)
     row = r.to(tl.int64)[None, :, None]
     live = (i < m)[None, None, :]
-    acc = tl.zeros((S, M.BN, R), tl.float32)                                      # (slices, rows of the tile, rows of x)
+    acc = tl.zeros((S, BN, R), tl.float32)                                      # (slices, rows of the tile, rows of x)
     squares = tl.zeros((S, BK, R), tl.float32)
     if BITS >= 16:
         for k in range(0, K, S*BK):
@@ -243,7 +246,7 @@ def _rows(w, scales, x, gain, unit, r, m, one, M: tl.constexpr, eps, NORM: tl.co
             at = block[:, None]*BK + j[None, :]
             ok = at < K//PARTS
             word = tl.load(w + row*(K//PARTS) + at[:, None, :], mask=ok[:, None, :], other=0, eviction_policy="evict_first")
-            part = tl.zeros((S, M.BN, R), tl.float32)
+            part = tl.zeros((S, BN, R), tl.float32)
             for n in tl.static_range(PARTS):
                 column = block[:, None]*128 + n*WORDS + j[None, :]
                 xk = tl.load(x + i[None, None, :]*K + column[:, :, None], mask=live & ok[:, :, None], other=0.)
@@ -509,8 +512,9 @@ def _gate_up_stage(grid, matrix, x, sums, gain, unit, act, m, one, M: tl.constex
 def _head_stage(grid, matrix, x, sums, gain, unit, best, best_id, p, m, inverse_temperature, seed, one, M: tl.constexpr, eps, SAMPLE: tl.constexpr,
                 R: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr):
     "The best token that this program sees for each of the rows fed at places p, p + 1, …"
+    BN: tl.constexpr = M.BN
     i = tl.arange(0, R)
-    top, top_id = tl.full((M.BN, R), float("-inf"), tl.float32), tl.full((M.BN, R), _NONE, tl.int32)
+    top, top_id = tl.full((BN, R), float("-inf"), tl.float32), tl.full((BN, R), _NONE, tl.int32)
     for tile in range(grid[0], tl.cdiv(M.N, M.BN), grid[1]):
         r, y = _tile(grid, tile, matrix, x, sums, gain, unit, m, one, M, eps, True, R, AHEAD)
         if SAMPLE: y = y*inverse_temperature + _gumbel(seed, r[:, None] + 0*i[None, :], p + i[None, :])

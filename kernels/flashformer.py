@@ -157,6 +157,34 @@ def _place(c, BITS: tl.constexpr, BK: tl.constexpr):
     else: return c                                                                # quantised weights are packed so from the start
 
 @triton.jit
+def _step(acc, w, scales, x, r, k, one, M: tl.constexpr, FULL: tl.constexpr):
+    "acc (BN, BK) + what words k to k + BK of rows r (BN, 1) add, or as many as there are"
+    BITS: tl.constexpr = M.bits
+    BN: tl.constexpr = M.BN
+    BK: tl.constexpr = M.BK
+    PARTS: tl.constexpr = 32//BITS
+    COUNT: tl.constexpr = M.K//PARTS                                              # words a row
+    WORDS: tl.constexpr = BK if BITS >= 16 else 128//PARTS                        # words whose parts i lie side by side
+    HALF: tl.constexpr = w.dtype.element_ty == tl.float16
+    if BITS >= 16: w = w.to(tl.pointer_type(tl.int32))
+    j = tl.arange(0, BK)[None, :]
+    column = j//WORDS*(WORDS*PARTS) + j % WORDS + 0*r                             # (BN, BK)
+    ok = (k + j < COUNT) & (r >= 0)
+    if FULL: word = tl.load(w + r.to(tl.int64)*COUNT + (k + j), eviction_policy="evict_first")
+    else: word = tl.load(w + r.to(tl.int64)*COUNT + (k + j), mask=ok, other=0, eviction_policy="evict_first")
+    part = tl.zeros((BN, BK), tl.float32) if BITS == 4 else acc                   # 4 bits have a scale for each block of columns
+    for i in tl.static_range(PARTS):
+        if FULL: xk = tl.load(x + (k*PARTS + column + i*WORDS))
+        else: xk = tl.load(x + (k*PARTS + column + i*WORDS), mask=ok, other=0.)
+        part += _part(word, i, one, BITS, HALF)*xk
+    if BITS == 4:
+        at = r.to(tl.int64)*(M.K//128) + (k//WORDS + j//WORDS)
+        if FULL: scale = tl.load(scales + at)
+        else: scale = tl.load(scales + at, mask=ok, other=0.)
+        return acc + part*scale.to(tl.float32)
+    else: return part
+
+@triton.jit
 def _one_row(w, scales, x, sums, r, one, M: tl.constexpr):
     """Rows r of a matrix (N, K), read as 32-bit words, times x (K,) as `_place` lays it out: (BN, 1). By fused multiply-adds; the sum over threads comes last.
     A thread reads four words of a row, and four numbers of x for each of their parts. x is read once for every row of the tile: so it is born in the layout of
@@ -166,32 +194,12 @@ def _one_row(w, scales, x, sums, r, one, M: tl.constexpr):
     K: tl.constexpr = M.K
     BN: tl.constexpr = M.BN
     BK: tl.constexpr = M.BK
-    PARTS: tl.constexpr = 32//BITS
-    COUNT: tl.constexpr = K//PARTS                                                # words a row
-    EVEN: tl.constexpr = COUNT % BK == 0
-    WORDS: tl.constexpr = BK if BITS >= 16 else 128//PARTS                      # words whose parts i lie side by side
-    HALF: tl.constexpr = w.dtype.element_ty == tl.float16
+    COUNT: tl.constexpr = K*BITS//32
+    WHOLE: tl.constexpr = COUNT//BK*BK                                            # words in steps that are full; only the last may not be
     r = r[:, None]
-    row = r.to(tl.int64)*COUNT
-    if BITS >= 16: w = w.to(tl.pointer_type(tl.int32))
-    j = tl.arange(0, BK)[None, :]
-    column = j//WORDS*(WORDS*PARTS) + j % WORDS + 0*r                             # (BN, BK)
     acc = tl.zeros((BN, BK), tl.float32)
-    for k in range(0, COUNT, BK):
-        ok = (k + j < COUNT) & (r >= 0)                                           # only asked where the last step is not full
-        if EVEN: word = tl.load(w + row + (k + j), eviction_policy="evict_first")
-        else: word = tl.load(w + row + (k + j), mask=ok, other=0, eviction_policy="evict_first")
-        part = tl.zeros((BN, BK), tl.float32) if BITS == 4 else acc           # 4 bits have a scale for each block of columns
-        for i in tl.static_range(PARTS):
-            if EVEN: xk = tl.load(x + (k*PARTS + column + i*WORDS))
-            else: xk = tl.load(x + (k*PARTS + column + i*WORDS), mask=ok, other=0.)
-            part += _part(word, i, one, BITS, HALF)*xk
-        if BITS == 4:
-            at = r.to(tl.int64)*(K//128) + (k//WORDS + j//WORDS)
-            if EVEN: scale = tl.load(scales + at)
-            else: scale = tl.load(scales + at, mask=ok, other=0.)
-            acc += part*scale.to(tl.float32)
-        else: acc = part
+    for k in range(0, WHOLE, BK): acc = _step(acc, w, scales, x, r, k, one, M, True)
+    if WHOLE < COUNT: acc = _step(acc, w, scales, x, r, WHOLE, one, M, False)
     y = tl.sum(acc, 1)
     if BITS == 8: y = (y - 1.5*tl.load(sums))*(1 << BITS)                         # what every part has too much: the same for all rows,
     if BITS == 4:                                                                 # or with a scale block by block
@@ -628,16 +636,17 @@ def _divisor(n: int, most: int) -> int: # the largest power of two that divides 
     return min(n & -n, most)
 
 def _tile_rows(N: int, words: int) -> int: # rows; of 32-bit words
-    """Rows a tile: what keeps a full grid busiest, where the sum over threads at a tile's end costs about as much as a row; the larger of equals. Not so few that a
-    thread has no four words to read, nor so many that two tiles a program, the one at work and the one prefetched, crowd the L2 cache"""
+    """Rows a tile: what keeps a full grid busiest, where a tile's end, with the sum over threads, costs as much as 2048 words: half a row that is long, several that are
+    short; the larger of equals. Not so few that a thread has no four words to read, nor so many that two tiles a program, the one at work and the one prefetched, crowd
+    the L2 cache"""
     least, most = min(16, max(4, triton.next_power_of_2(triton.cdiv(1024, words)))), max(4, TILE//(4*words))
-    return min((b for b in (16, 8, 4) if least <= b <= max(most, least)), key=lambda b: (triton.cdiv(triton.cdiv(N, b), NOMINAL)*(b + 1), -b))
+    return min((b for b in (16, 8, 4) if least <= b <= max(most, least)), key=lambda b: (triton.cdiv(triton.cdiv(N, b), NOMINAL)*(b + 2048/words), -b))
 
 def _columns(K: int, bits: int, rows: int, tile: int) -> tuple[int, int]: # words (numbers for `_rows`) a step along a row; slices of `_rows`
+    """One to four times four words a thread, so many that the least is left empty in the last step, the larger of equals"""
     if rows > 1: return (128*bits//32, 8) if bits < 16 else (_divisor(K, 32), 8)
-    most, words = 4096//tile, K*bits//32
-    if (even := _divisor(words, most))*tile >= 1024: return even, 1
-    return min(most, triton.next_power_of_2(words)), 1                            # the last step is masked
+    words = K*bits//32
+    return min((min(n//tile, triton.next_power_of_2(words)) for n in (4096, 2048, 1024)), key=lambda b: (triton.cdiv(words, b)*b, -b)), 1
 
 def _bits(w: torch.Tensor | Quantised) -> int:
     return KINDS[w.kind] if isinstance(w, Quantised) else 8*w.element_size()
@@ -792,27 +801,32 @@ def gumbel(seed: int, # of the sampler
 
 # ------------------------------------------------------------------------------------------------ ahead-of-time compilation
 
-#: real shapes: 1B and 8B of Llama 3, 1.5B of Qwen 2.5
-MODELS = {"1B": Shape(16, 2048, 32, 8, 64, 8192, 128256, 8192), "1.5B": Shape(28, 1536, 12, 2, 128, 8960, 151936, 8192, qkv_bias=True),
-          "8B": Shape(32, 4096, 32, 8, 128, 14336, 128256, 8192)}
+def _published(layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: int, vocab: int, **more) -> Shape: # with room for 8192 tokens
+    return Shape(layers, hidden, heads, kv_heads, head_dim, ffn, vocab, 8192, **more)
 
-def aot_cases(models: tuple[str, ...] = ("1B", "1.5B", "8B"), # of `MODELS`
-              kinds: tuple[str, ...] = ("bf16",), # "bf16", "int8", "int4-g128" (with an int8 head)
+#: shapes of published models, under their names
+MODELS = {"Llama-3.2-1B": _published(16, 2048, 32, 8, 64, 8192, 128256), "Qwen2.5-1.5B": _published(28, 1536, 12, 2, 128, 8960, 151936, eps=1e-6, qkv_bias=True),
+          "Llama-3.1-8B": _published(32, 4096, 32, 8, 128, 14336, 128256), "Qwen3-8B": _published(36, 4096, 32, 8, 128, 12288, 151936, eps=1e-6, qk_norm=True)}
+
+def aot_cases(models: tuple[str, ...] = ("Llama-3.2-1B", "Qwen2.5-1.5B", "Llama-3.1-8B"), # of `MODELS`
+              kinds: tuple[str, ...] = ("bf16",), # "bf16", "fp16", "fp32", "int8", "int4-g128" (with an int8 head); what is not packed is bf16 there
               rows: tuple[int, ...] = (1,), # 1, or more for the form that verifies and reads prompts
               sm: int = 90, # compute capability times ten
+              sample: bool = False, # the form that draws tokens
              ) -> list: # of `aot.Case`: the kernel as it is launched
     "What `rlcr_suite.kernels.aot` compiles"
+    return [_case(model, kind, r, sm, sample) for model in models for kind in kinds for r in rows]
+
+def _case(model: str, kind: str, rows: int, sm: int, sample: bool):
+    "One of them"
     from .aot import Case
-    found = []
-    for model in models:
-        for kind in kinds:
-            for r in rows:
-                bits, head_bits = {"bf16": (16, 16), "int8": (8, 8), "int4-g128": (4, 8)}[kind]
-                constants = _constants(MODELS[model], bits, head_bits, r, _splits(MODELS[model]), NOMINAL, ahead=sm >= 90)
-                types = dict.fromkeys(("tokens", "best_id", "picked", "barrier"), "*i32") | dict.fromkeys(("emb", "bqkv", "qn", "kn", "n1", "n2", "nf", "keys", "values"), "*bf16")
-                types |= dict.fromkeys(("wqkv", "wo", "wgu", "wd"), "*bf16" if bits == 16 else "*i32") | dict(head="*bf16" if head_bits == 16 else "*i32")
-                types |= dict.fromkeys(("sqkv", "so", "sgu", "sd"), "*fp16" if bits == 4 else "*fp32") | dict(shead="*fp32")
-                types |= dict.fromkeys(("pos", "n", "m", "lo", "hi", "seed", "one"), "i32") | dict.fromkeys(("scale", "inverse_temperature"), "fp32")
-                found.append(Case(f"{model} {kind}" + f" {r} rows"*(r > 1), _decode_kernel, {a: types.get(a, "*fp32") for a in _decode_kernel.arg_names if a not in constants},
-                                  constants, **{k: v for k, v in OPTIONS.items() if k.startswith("num_")}, options={k: v for k, v in OPTIONS.items() if not k.startswith("num_")}))
-    return found
+    s, dtype, fixed = MODELS[model], kind if kind in ("fp16", "fp32") else "bf16", ("num_warps", "num_stages")
+    bits, head_bits = {"fp32": (32, 32), "int8": (8, 8), "int4-g128": (4, 8)}.get(kind, (16, 16))
+    constants = _constants(s, bits, head_bits, rows, _splits(s), NOMINAL, sample=sample, ahead=sm >= 90)
+    types = dict.fromkeys(("tokens", "best_id", "picked", "barrier"), "*i32") | dict.fromkeys(("emb", "bqkv", "qn", "kn", "n1", "n2", "nf", "keys", "values"), "*" + dtype)
+    types |= dict.fromkeys(("wqkv", "wo", "wgu", "wd"), "*" + dtype if bits >= 16 else "*i32") | dict(head="*" + dtype if head_bits >= 16 else "*i32")
+    types |= dict.fromkeys(("sqkv", "so", "sgu", "sd"), "*fp16" if bits == 4 else "*fp32") | dict(shead="*fp32")
+    types |= dict.fromkeys(("pos", "n", "m", "lo", "hi", "seed", "one"), "i32") | dict.fromkeys(("scale", "inverse_temperature"), "fp32")
+    signature = {a: types.get(a, "*fp32") for a in _decode_kernel.arg_names if a not in constants}
+    return Case(f"{model} {kind}" + f" {rows} rows"*(rows > 1) + " sampled"*sample, _decode_kernel, signature, constants, *map(OPTIONS.get, fixed),
+                options={k: v for k, v in OPTIONS.items() if k not in fixed})

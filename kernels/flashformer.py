@@ -49,7 +49,7 @@ class Cut:
     bits: int # of a weight
     BN: int # rows a tile
     BK: int # words of 32 bits a step along a row; in the form for several rows, columns or words of a slice
-    S: int # slices a step, in the form for several rows
+    S: int # slices a step, each of BK columns or words, in the form for several rows; 1 in that for one
 
     @property
     def width(self) -> int: # elements a row, as it is stored
@@ -102,8 +102,8 @@ class Buffers(NamedTuple):
 
 class Sampler(NamedTuple):
     "Sampling by the Gumbel-max trick: the same seed and position give the same noise, whatever the grid. Without one, greedy."
-    temperature: float = 1.0
-    seed: int = 0
+    temperature: float = 1.0 # positive; logits are divided by it
+    seed: int = 0 # 0 to 2**63 - 1
 
 # ------------------------------------------------------------------------------------------------------- a matrix times activations
 
@@ -625,7 +625,7 @@ WARPS = 8 # a program: one program fills a multiprocessor
 #: of every launch, and of `aot_cases`. Also a launch of one stage is cooperative, so that one compilation serves both; fused multiply-adds do not hang on Triton's default
 OPTIONS = dict(num_warps=WARPS, num_stages=2, launch_cooperative_grid=True, enable_fp_fusion=True)
 
-def _own(s: Shape) -> int: # numbers that a program keeps to itself: a row of the embedding, activations, their sums
+def _own(s: Shape) -> int: # numbers that a program keeps to itself: a row of the embedding (D,), activations (2 D,) or (ROWS, H HD), their sums (K/128,); whole lines of 128 bytes
     A = s.heads*s.head_dim
     return triton.cdiv(s.hidden + max(2*s.hidden, ROWS*A) + triton.cdiv(max(s.hidden, A, s.ffn), 128), 32)*32
 
@@ -671,7 +671,10 @@ def allocate(shape: Shape, # of the model
              programs: int | None = None, # most programs that a launch will have; None is one a multiprocessor, 8 on a CPU
              splits: int | None = None, # most parts that a head's cache is cut into; None is as many as give each of `NOMINAL` programs one
             ) -> Buffers: # uninitialised, but for the barrier
-    "Buffers for one sequence."
+    """Buffers for one sequence.
+
+    `allocate(shape, splits=1)` has each key head's cache read by one program, in one piece; `splits=4` by up to four, each a quarter of the places that are there,
+    so that their sum is made in another order. All launches of a text want the same buffers."""
     s, device = shape, torch.device(device)
     if programs is None: programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
     splits = _splits(s) if splits is None else splits
@@ -746,7 +749,10 @@ def decode(shape: Shape, # of the model
            backend: str = "auto", # "persistent": one launch; "staged": a launch a stage, no barrier; "auto": persistent on a GPU, else staged
           ) -> torch.Tensor: # int32 successors: (n,) written to `tokens` too, or (rows,) if rows > 1
     """Run `n` tokens, or `rows` at once, through the whole decoder. Nothing is copied to the host. Raises `ValueError` if shapes do not fit, or
-    if the cache would overflow."""
+    if the cache would overflow.
+
+    Stage 5l + u is stage u of layer l, 5L the head, 5L + 1 begins with the next token: `stages=(5*l, 5*l + 1)` runs norm and QKV of layer l alone, with what
+    is in the buffers; `stages=(0, 5)` and then `stages=(5, 5*L + 2)` leave what one launch leaves."""
     if backend not in ("auto", "persistent", "staged"): raise ValueError(f"backend must be auto, persistent or staged, got {backend!r}")
     if reason := why_not(shape, weights): raise ValueError(reason)
     _check(shape, weights)
@@ -755,6 +761,7 @@ def decode(shape: Shape, # of the model
     if pos < 0 or pos + n*rows > shape.max_len: raise ValueError(f"places {pos} to {pos + n*rows - 1} do not fit a cache of {shape.max_len}")
     if tokens.shape != (shape.max_len + 1,) or tokens.dtype != torch.int32: raise ValueError(f"tokens must be int32 ({shape.max_len + 1},), got {tokens.dtype} {tuple(tokens.shape)}")
     if sampler is not None and not sampler.temperature > 0: raise ValueError(f"the temperature must be positive, got {sampler.temperature}; greedy is sampler=None")
+    if sampler is not None and not 0 <= sampler.seed < 2**63: raise ValueError(f"the seed must lie in 0..2**63 - 1, got {sampler.seed}")
     if backend == "auto": backend = "persistent" if weights.emb.is_cuda else "staged"
     every = (0, n*(5*shape.layers + 1) + 1 if head else 5*shape.layers)
     first, last = stages or every

@@ -5,6 +5,7 @@ is born full of NaN. What an interpreter cannot show, how a GPU orders memory, i
 import json, math, os, subprocess, sys, time
 from functools import partial
 import pytest
+import torch
 
 PROMPT = [5, 17, 8, 3, 12]
 
@@ -16,7 +17,6 @@ def shape(**changes):
 
 def draw(s, dtype='float32', seed=0):
     "Random weights"
-    import torch
     from rlcr_suite.kernels.flashformer import Weights
     r, dtype = torch.Generator().manual_seed(seed), getattr(torch, dtype)
     matrix = lambda *n: (torch.randn(*n, generator=r)*n[-1]**-.5).to(dtype)
@@ -55,7 +55,6 @@ def greedy(s, w, tokens, n):
 
 def buffers(s, programs=4, splits=4, dtype=None):
     "Full of NaN, but for the barrier"
-    import torch
     from rlcr_suite.kernels.flashformer import allocate
     made = allocate(s, programs=programs, splits=splits, dtype=dtype or torch.float32)
     for x in made[:-1]: x.fill_(math.nan if x.is_floating_point() else -1)
@@ -89,7 +88,6 @@ def family(**changes):
 
 def precision(dtype):
     "Weights and cache of 16 bits: one row, and five at once, against float64"
-    import torch
     from rlcr_suite.kernels.flashformer import decode
     s = shape(layers=1)
     w, x = draw(s, dtype), {}
@@ -115,7 +113,7 @@ def filled(s, dtype=None, splits=4, places=40, seed=3):
     for x in (b.keys, b.values): x[:, :, :places] = torch.randn(x[:, :, :places].shape, generator=r).to(x.dtype)
     return b, row_of(s, torch.randint(0, s.vocab, (places + 3,), generator=r).tolist())
 
-FORMS = dict(float32={}, bias=dict(qkv_bias=True, heads=6), norms=dict(qk_norm=True), bf16=dict(dtype='bfloat16'), int8=dict(kind='int8'), int4=dict(kind='int4-g128'), sampled=dict(sample=True),
+FORMS = dict(bias=dict(qkv_bias=True, heads=6), norms=dict(qk_norm=True, sample=True), bf16=dict(dtype='bfloat16'), int8=dict(kind='int8'), int4=dict(kind='int4-g128'),
              rows=dict(rows=3), rows_int4=dict(rows=3, kind='int4-g128'), rows_sampled=dict(rows=3, qk_norm=True, sample=True))
 
 def model_of(layers=1, dtype='float32', kind=None, **changes):
@@ -128,7 +126,6 @@ def model_of(layers=1, dtype='float32', kind=None, **changes):
 
 def cut(layers=1, places=0, rows=1, sample=False, dtype='float32', kind=None, changes=(), wrong=False, **how):
     "Two tokens behind a short prompt or a cache of many places, or some rows at once, run in some way; what is left"
-    import torch
     from rlcr_suite.kernels.flashformer import Sampler, decode
     s, w, cache = model_of(layers, dtype, kind, **dict(changes))
     if places: b, t = filled(s, cache, places=places)
@@ -161,7 +158,7 @@ def together():
         trace = Trace()
         with cooperative(seed, share=.02, trace=trace): same = torch.equal(want, cut(**form))
         return same, len(trace.races()), max(epoch for (_, epoch), _ in trace.writes)
-    for seed in range(4):
+    for seed in range(3):
         for kept, x in zip((found['same'], found['races'], found['barriers']), run(seed, whole, layers=2, programs=2 + seed % 3)): kept.append(x)
     for i, (name, form) in enumerate(FORMS.items()):
         form = {k: v for k, v in form.items() if k in ('rows', 'sample', 'dtype', 'kind')} | dict(places=40, changes={k: v for k, v in form.items() if k not in ('rows', 'sample', 'dtype', 'kind')})
@@ -181,7 +178,6 @@ def _go_on():
 
 def quantise(m, kind, seed):
     "A matrix of this size in few bits, packed here by the layout's definition, and the numbers it stands for"
-    import torch
     from rlcr_suite.kernels.flashformer import Quantised
     bits, r = {'int8': 8, 'int4-g128': 4}[kind], torch.Generator().manual_seed(seed)
     high, parts = 2**(bits - 1) - 1, 32//bits
@@ -210,7 +206,6 @@ def quantised(kind):
 
 def splits():
     "A cache long enough to be cut: the last of 41 tokens, in one row and as the last of some"
-    import torch
     from rlcr_suite.kernels.flashformer import decode
     s = shape(layers=1)
     tokens = torch.randint(0, s.vocab, (41,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -224,7 +219,6 @@ def splits():
 
 def large():
     "float16 weights and a stream whose numbers, times the norm's gain, float16 does not hold: rows at once, as a single one"
-    import torch
     from rlcr_suite.kernels.flashformer import decode
     s = shape(layers=1)
     w = draw(s, 'float16')
@@ -248,7 +242,6 @@ def readers():
 
 def sampled():
     "Drawn tokens against logits of the definition and the noise as numpy makes it, and what a grid or a seed changes"
-    import torch
     from rlcr_suite.kernels.flashformer import Sampler, decode, gumbel
     s = shape(layers=1)
     w = draw(s)
@@ -286,7 +279,6 @@ def barrier():
 
 def refusals():
     "The words of every refusal"
-    import torch
     from rlcr_suite.kernels.flashformer import Sampler, decode, why_not
     s = shape(layers=1)
     w, b, t, said = draw(s), buffers(s), row_of(s, PROMPT), {}
@@ -302,6 +294,7 @@ def refusals():
     attempt('programs', s, w, b, t, 0, programs=9)
     attempt('tokens', s, w, b, t.long(), 0)
     attempt('cold', s, w, b, t, 0, sampler=Sampler(0.))
+    attempt('seed', s, w, b, t, 0, sampler=Sampler(1., -1))
     attempt('weights', s, w._replace(wo=w.wo[:, :-1]), b, t, 0)
     attempt('strided', s, w._replace(wd=w.wd.mT.contiguous().mT), b, t, 0)
     attempt('bias', shape(layers=1, qkv_bias=True), w, b, t, 0)
@@ -359,8 +352,8 @@ def test_together(measured):
     """Two to four programs that wait for each other: the bits of one program, by every schedule; no two touch one address between two barriers unless both read; without waiting,
     other bits. So too where the cache is split, for every form of weights, for rows at once, and for drawn tokens"""
     got = of(measured, 'together')
-    assert got['same'] == [True]*4 and got['races'] == [0]*4 and got['without'] is False
-    assert got['barriers'] == [2*(5*2 + 1)]*4
+    assert got['same'] == [True]*3 and got['races'] == [0]*3 and got['without'] is False
+    assert got['barriers'] == [2*(5*2 + 1)]*3
     assert got['forms'] == {name: [True, 0] for name in FORMS}
 
 @pytest.mark.parametrize('name', ['int8', 'int4'])
@@ -407,10 +400,41 @@ def test_refusals(measured):
     got = dict(of(measured, 'refusals'))
     got.pop('seconds')
     said = dict(full='places 47 to 48 do not fit a cache of 48', both='n = 2, rows = 2', rows='up to 16 rows', backend="got 'fast'", stages='stages must lie in (0, 7), got (3, 99)',
-                alone='one after the other', programs='allow 1 to 4 programs, got 9', tokens='got torch.int64', cold='must be positive, got 0.0', weights='wo must be (1, 32, 64)',
+                alone='one after the other', programs='allow 1 to 4 programs, got 9', tokens='got torch.int64', cold='must be positive, got 0.0', seed='0..2**63 - 1, got -1', weights='wo must be (1, 32, 64)',
                 strided='wd must be contiguous', bias='bqkv must be (1, 128), got None', head='got 24', wide='wd: numbers of torch.float32, torch.bfloat16, torch.float16 wanted, got torch.float64', wide_table='emb: numbers of', group='got 5 and 2', narrow='multiple of 16 numbers wanted, got 40')
     assert set(got) == set(said)
     for name, words in said.items(): assert words in got[name], (name, got[name])
+
+# ------------------------------------------------------------------------------------------------------------------------------ on a GPU
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+
+@gpu
+@pytest.mark.parametrize('quant', [None, 'int8', 'int4-g128'])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
+def test_on_a_gpu(quant, dtype):
+    """The compiled kernel against the reference on the same weights and cache: persistent and staged, grids of one program and more, one row and sixteen, greedy and sampled.
+    The stream is off by what a cache of this type rounds differently where float32 sums differ in their last bit; tokens may differ where two logits nearly tie"""
+    from rlcr_suite.flashformer import Decoder, Sampler
+    from rlcr_suite.flashformer.cli import random_weights
+    from rlcr_suite.kernels.flashformer import Shape, decode
+    s = Shape(layers=3, hidden=256, heads=12, kv_heads=2, head_dim=64, ffn=640, vocab=1000, max_len=512, qkv_bias=True, qk_norm=True)
+    w = random_weights(s, quant, getattr(torch, dtype), 'cuda')
+    ids = torch.randint(0, s.vocab, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    truth, d = (Decoder(s, w, backend=b) for b in ('reference', 'persistent'))
+    for sampler in (None, Sampler(.9, 5), Sampler(.9, 2**40 + 5)):
+        want = truth.reset().prefill(ids).step(32, sampler)
+        got = d.reset().prefill(ids).step(32, sampler)                              # sixteen rows at a time, then one
+        assert (got == want).float().mean() >= .9, (got, want)
+        assert torch.equal(d.rollback(299).verify(got[:16], sampler), got[:16])
+        for programs in (1, 7):
+            for backend in ('persistent', 'staged'):
+                d.buffers.h.fill_(torch.nan)
+                again = decode(s, w, d.buffers, d.tokens, 299, 32, programs=programs, sampler=sampler, backend=backend).clone()
+                assert torch.equal(again.long(), got), (programs, backend)
+                stream = d.buffers.h[0].clone() if programs == 1 and backend == 'persistent' else stream
+                assert torch.equal(stream, d.buffers.h[0])                          # no sum depends on the grid
+        assert all(x.seconds > 0 for x in d.profile(2).values())
 
 if __name__ == '__main__':
     import triton, triton.language as tl

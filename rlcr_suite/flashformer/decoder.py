@@ -44,6 +44,7 @@ def _ends(eos: int | Sequence[int] | None, own: tuple[int, ...]) -> frozenset[in
 
 def _checked(sampler: Sampler | None) -> Sampler | None:
     if sampler is not None and not 0 < sampler.temperature < float("inf"): raise ValueError(f"the temperature must be positive and finite, got {sampler.temperature}; greedy is sampler=None")
+    if sampler is not None and not 0 <= sampler.seed < 2**63: raise ValueError(f"the seed must lie in 0..2**63 - 1, got {sampler.seed}")
     return sampler
 
 def _own_ends(model: nn.Module) -> tuple[int, ...]:

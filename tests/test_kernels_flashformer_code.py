@@ -1,11 +1,9 @@
 """The persistent decoder as machine code: the barrier that is left of it and its order, what spills, and how many instructions a weight costs, matrix by matrix."""
 import ast, re
 from pathlib import Path
-from types import SimpleNamespace
 import pytest
 
 pytest.importorskip('triton')
-import torch
 from rlcr_suite.flashformer.bandwidth import GPUS
 from rlcr_suite.kernels import flashformer
 from rlcr_suite.kernels.aot import SHARED_LIMIT, _on_cubin, _tool, compile_cases
@@ -31,7 +29,7 @@ def stages():
 
 def innermost(c):
     "Innermost loops, in the code's order: instructions, and the stage whose code follows"
-    code, label, spans, line = [], {}, [], 0
+    code, label, spans, line, where = [], {}, [], 0, stages()
     text = _on_cubin([_tool('nvdisasm'), '-c', '-g'], c.cubin)
     for name, number, instruction in re.findall(r'^(\.L_\w+:)|^\s*//## File.* line (\d+)|^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);', text, re.M):
         if name: label[name[:-1]] = len(code)
@@ -41,7 +39,7 @@ def innermost(c):
             if to and label.get(to[1], len(code)) < len(code): spans.append((label[to[1]], len(code) + 1))
             code.append((instruction, line))
     inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    of = lambda first: next((name for _, line in code[first:] for name, (a, b) in stages().items() if a <= line <= b), None)
+    of = lambda first: next((name for _, line in code[first:] for name, (a, b) in where.items() if a <= line <= b), None)
     return [([x for x, _ in code[first:last]], of(first)) for first, last in inner]
 
 def costs(c, cuts):
@@ -94,11 +92,11 @@ def test_rows_at_once(model, kind, sm, sample):
     check_barrier(c)
     assert c.spills == 0 and c.stack == 0 and c.shared <= SHARED_LIMIT[sm] and c.resident >= 1
     cuts = aot_cases([model], [kind], [16], sm, sample)[0].constexprs
-    each = [len(loop) for loop, _ in innermost(c) if any('HMMA' in x for x in loop)]
+    each = [len(loop) for loop, _ in innermost(c) if any('HMMA' in x for x in loop) and not any('MUFU.EX2' in x for x in loop)]
     m = cuts['GU']
     weights = m.S*m.BK*m.BN/(32*OPTIONS['num_warps'])*(32/m.bits if m.bits < 16 else 1)                     # a step's, a thread
     print(f'{c.label}: {c.registers} registers, {c.shared} bytes shared, at most {max(each)/weights:.2f} instructions a weight')
-    assert len(each) == 6 and max(each)/weights <= ROWS_COST[bits], (each, weights) # five matrices, and the cache
+    assert len(each) == 5 and max(each)/weights <= ROWS_COST[bits], (each, weights) # five matrices; the loop over the cache has exponentials
 
 def test_float32_is_compiled():
     c = compiled('Llama-3.2-1B', 'fp32', 1, 80)
@@ -107,7 +105,7 @@ def test_float32_is_compiled():
 
 def test_a_launch_is_what_is_compiled(monkeypatch):
     "Fused multiply-adds are asked for, not left to Triton's default; a launch of one stage is the same compilation as one of all"
-    asked = []
+    asked, case = [], aot_cases(['Llama-3.1-8B'])[0]
     class Kernel:
         def __getitem__(self, grid): return lambda *args, **options: asked.append((grid, options))
     monkeypatch.setattr(flashformer, '_decode_kernel', Kernel())
@@ -117,7 +115,6 @@ def test_a_launch_is_what_is_compiled(monkeypatch):
     for span in ((0, 1), (0, 11)): flashformer._launch(s, w, b, row_of(s, [1]), 0, 1, 1, 2, span, False, None)
     (grid, one), (_, whole) = asked
     assert grid == (2,) and one == whole and {k: one[k] for k in OPTIONS} == OPTIONS
-    case = aot_cases(['Llama-3.1-8B'])[0]
     assert dict(num_warps=case.num_warps, num_stages=case.num_stages) | case.options == OPTIONS
     assert OPTIONS['enable_fp_fusion'] is True and OPTIONS['launch_cooperative_grid'] is True
     assert set(case.constexprs) == set(one) - set(OPTIONS)

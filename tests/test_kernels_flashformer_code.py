@@ -14,6 +14,7 @@ BITS = dict(bf16=16, int8=8, int4=4)
 BUDGET = dict(bf16=3.7, int8=4.2, int4=4.3)
 #: what is beyond it: where rows are short a tile is a step or two, the loop over steps is gone, and the loop that is left holds the tile's end too
 BEYOND = {('Llama-3.2-1B', 'bf16', 'QKV'): 4.5, ('Llama-3.2-1B', 'int8', 'QKV'): 5.5, ('Qwen2.5-1.5B', 'bf16', 'GU'): 4.1}
+MEAN_BEYOND = {('Qwen2.5-1.5B', 'bf16'): 3.8} # half of its weights are gate and up
 #: and with sixteen rows a pass, of the dearest loop: activations are made narrow twice and pass through shared memory, which is more than a token's share of time but serves sixteen
 ROWS_COST = dict(bf16=11., fp16=12., int8=15.)
 FAST = [('Llama-3.2-1B', 'bf16'), ('Llama-3.2-1B', 'int8'), ('Qwen2.5-1.5B', 'bf16'), ('Llama-3.1-8B', 'bf16'), ('Llama-3.1-8B', 'int8'), ('Llama-3.1-8B', 'int4-g128')] # all that carry a bar, and 1B int8
@@ -71,7 +72,7 @@ def test_machine_code(model, kind):
         assert n <= most, (name, n, most)
         if cuts[name].bits > 4: assert gpu.issue/n*cuts[name].bits/8 > gpu.copied, (name, n)                # memory, not issue, is the limit
     read = {name: m.N*m.K*m.bits*(1 if name == 'HEAD' else MODELS[model].layers) for name, m in cuts.items()}
-    assert sum(cost[name]*n for name, n in read.items())/sum(read.values()) <= BUDGET[bits], cost   # the mean over all that a token reads
+    assert sum(cost[name]*n for name, n in read.items())/sum(read.values()) <= MEAN_BEYOND.get((model, bits), BUDGET[bits]), cost   # the mean over all that a token reads
 
 def check_barrier(c):
     """All barriers are one place in the code. What was written is released before the program is counted in; then prefetches; the spin; what others wrote is acquired, and

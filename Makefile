@@ -1,15 +1,16 @@
 # Every target works from a bare checkout: what it needs goes into .venv, which nothing outside the checkout sees.
-# Set on the command line:  PYTHON=python3.12 (makes .venv)   PAPER=rlcr   SCALE=full   WORKERS=4
+# Set on the command line:  PYTHON=python3.12 (makes .venv)   PAPER=rlcr   SCALE=full   WORKERS=4   PORT=8000
 PYTHON  ?= python3
 PAPER   ?=
 SCALE   ?= quick
 WORKERS ?= 2
+PORT    ?= 8000
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install browser test notebooks pytest site bench reproduce clean
+.PHONY: help install browser test notebooks pytest site serve bench reproduce clean
 
 BIN   := .venv/bin
 STAMP := .venv/installed
@@ -58,6 +59,11 @@ pytest: install ## the tests that notebooks cannot hold
 
 site: install ## the site in _docs/, links checked
 	$(BIN)/python docs/build.py
+
+serve: ## the site that was built, at http://127.0.0.1:8000 (PORT=...): its search needs a server
+	@test -e _docs/index.html || { echo "there is no site in _docs/ yet: make site"; exit 1; }
+	@echo "http://127.0.0.1:$(PORT)/ (interrupt to stop)"
+	@$(PYTHON) -m http.server --bind 127.0.0.1 -d _docs $(PORT)
 
 bench: install ## speed on this machine, into benchmarks/results/
 	@for script in benchmarks/[a-z]*.py; do echo "$$script"; $(BIN)/python "$$script"; done

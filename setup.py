@@ -28,8 +28,10 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], keywords=cfg['keywords'].split(),
     license_expression='Apache-2.0', license_files=['LICENSE'], python_requires='>=' + cfg['min_python'],
     classifiers=['Intended Audience :: Science/Research', 'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
-    # kernels/ stands at the top of the checkout; the link rlcr_suite/kernels brings it in under the package's name
-    packages=find_namespace_packages(include=['rlcr_suite*']), package_data={'rlcr_suite': ['py.typed']},
+    # kernels/ and records/ stand at the top of the checkout; links in rlcr_suite/ bring them in under the package's name: of the
+    # records the claims, without the evidence, which is larger than all the code
+    packages=find_namespace_packages(include=['rlcr_suite*'], exclude=['rlcr_suite.records*']),
+    package_data={'rlcr_suite': ['py.typed', 'records/*.json']},
     zip_safe=False, cmdclass={'sdist': sdist},
     install_requires=requirements(), extras_require=extras,
     entry_points={'console_scripts': ['rlcr-suite=rlcr_suite.cli:main'],

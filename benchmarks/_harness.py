@@ -126,6 +126,15 @@ class Clock:
         end.synchronize()
         return start.elapsed_time(end)/1e3
 
+def exponent(rows:list[dict], # of a result
+             what:str, # forward or both
+             name:str, # a contender
+             low:int=2048, # the shortest length that counts
+            )->float|None: # None for fewer than two lengths
+    "Slope of log time against log length"
+    points = [(r['T'], r['seconds'][what][name]['median']) for r in rows if r['T'] >= low and name in r['seconds'][what]]
+    return None if len(points) < 2 else float(f'{np.polyfit(*np.log(points).T, 1)[0]:.3f}')
+
 def version(library:str)->str|None:
     "None where it is not installed"
     try: return importlib.metadata.version(library)

@@ -3,18 +3,18 @@ length. float32, one row, 4 heads of width 64; on a CPU one thread, since the qu
 from __future__ import annotations
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from _harness import arguments, both, forward, in_turns, sdpa, spread, write
+from _harness import arguments, both, exponent, forward, in_turns, sdpa, spread, write
 from rlcr_suite.log_linear import backend_for, log_linear_attention
 from rlcr_suite.log_linear.fenwick import levels_of
 
 H, D = 4, 64
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 QUICK = (512,)
-LONGEST = dict(log_linear=65536, sdpa=16384, naive=2048)   # the last two grow with the square of the length: beyond this they cost minutes, or memory
+# the delta form keeps O(T log T) numbers for its gradient
+LONGEST = dict(log_linear=65536, log_linear_delta=16384, sdpa=16384, naive=2048)   # the last two grow with the square of the length: beyond this they cost minutes, or memory
 
 def inputs(T:int, seed:int, device:str)->tuple[torch.Tensor, ...]:
     "q, k, v, g, lam as a layer makes them: (B, T, H, D)"
@@ -25,7 +25,11 @@ def inputs(T:int, seed:int, device:str)->tuple[torch.Tensor, ...]:
 
 def naive(*x)->torch.Tensor: return log_linear_attention(*x, backend='naive')
 
-CONTENDERS = dict(log_linear=log_linear_attention, sdpa=sdpa, naive=naive)
+def delta(*x)->torch.Tensor:
+    "The gated-delta form, at half strength"
+    return log_linear_attention(*x, beta=torch.full_like(x[3], .5))
+
+CONTENDERS = dict(log_linear=log_linear_attention, log_linear_delta=delta, sdpa=sdpa, naive=naive)
 
 def measure(T:int, args)->dict:
     "One row of the result"
@@ -36,11 +40,6 @@ def measure(T:int, args)->dict:
         row['seconds'][what] = {n: spread(1/r) for n, r in rates.items()}
         if 'sdpa' in rates: row['ratio_to_sdpa'][what] = spread(rates['log_linear']/rates['sdpa'])
     return row
-
-def exponent(rows:list[dict], what:str, name:str)->float|None:
-    "Slope of log time against log length, from 2k on"
-    points = [(r['T'], r['seconds'][what][name]['median']) for r in rows if r['T'] >= 2048 and name in r['seconds'][what]]
-    return None if len(points) < 2 else float(f'{np.polyfit(*np.log(points).T, 1)[0]:.3f}')
 
 def main()->None:
     args, rows = arguments(__doc__), []

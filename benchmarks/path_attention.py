@@ -2,13 +2,13 @@
 the length. float32, one row, 4 heads of width 64; on a CPU one thread, since the question is what the method costs and not how either is spread over cores."""
 from __future__ import annotations
 from collections.abc import Callable
+from functools import partial
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from _harness import arguments, both, forward, in_turns, sdpa, spread, write
+from _harness import arguments, both, exponent, forward, in_turns, sdpa, spread, write
 from rlcr_suite.path_attention import PathCache, backend_for, block_form, path_attention
 
 H, D = 4, 64
@@ -16,6 +16,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)
 QUICK = (512,)
 LONGEST = dict(naive=1024, scan=16384)      # the definition keeps T^2 D numbers for its gradient; the scan is timed forward only
 WINDOW = 64
+BLOCKS = (64, 128, 256, 512)                # of the scan: the fastest is timed
 
 def inputs(T:int, seed:int, device:str)->tuple[torch.Tensor, ...]:
     "q, k, v, w, beta as a layer makes them: (B, T, H, D), w of length one, beta in (0, 2)"
@@ -41,6 +42,12 @@ def scan(q, k, v, w, beta, C:int=64)->torch.Tensor:
         o[:, off:] = o[:, off:].lerp(new, (l - m).exp()[..., None])
         lse[:, off:], Q[:, off:] = m, Q[:, off:] @ block.product[:, :n - off]
     return o.flatten(1, 2)[None].transpose(1, 2)
+
+def best_block(x:tuple[torch.Tensor, ...], device:str)->int:
+    "The block size at which the scan is fastest here, of two runs each"
+    sizes = [C for C in BLOCKS if x[0].shape[1] % C == 0]
+    rates = in_turns({str(C): forward(partial(scan, C=C), x) for C in sizes}, 2, device)
+    return max(sizes, key=lambda C: rates[str(C)].max())
 
 CONTENDERS = dict(path=tree, sdpa=sdpa, scan=scan, naive=naive)
 
@@ -71,7 +78,11 @@ def measure(T:int, args)->dict:
     "One row of the result"
     x, row = inputs(T, args.seed, args.device), dict(T=T, seconds={}, ratio_to_sdpa={})
     names = [n for n in CONTENDERS if T <= LONGEST.get(n, T) and not (n == 'scan' and args.device != 'cpu')]
-    work = dict(forward={n: forward(CONTENDERS[n], x) for n in names},
+    chosen = CONTENDERS
+    if 'scan' in names:
+        row['scan_block'] = best_block(x, args.device)
+        chosen = CONTENDERS | dict(scan=partial(scan, C=row['scan_block']))
+    work = dict(forward={n: forward(chosen[n], x) for n in names},
                 both={n: both(CONTENDERS[n], x, args.seed) for n in names if n != 'scan'},
                 decode={'path': decoding(x, WINDOW), 'rewriting': decoding(x, 0), 'sdpa': plain_decoding(x)})
     for what, contenders in work.items():
@@ -79,11 +90,6 @@ def measure(T:int, args)->dict:
         row['seconds'][what] = {n: spread(1/r) for n, r in rates.items()}
         row['ratio_to_sdpa'][what] = {n: spread(rates['sdpa']/r) for n, r in rates.items() if n != 'sdpa'}
     return row
-
-def exponent(rows:list[dict], what:str, name:str)->float|None:
-    "Slope of log time against log length, from 2k on"
-    points = [(r['T'], r['seconds'][what][name]['median']) for r in rows if r['T'] >= 2048 and name in r['seconds'][what]]
-    return None if len(points) < 2 else float(f'{np.polyfit(*np.log(points).T, 1)[0]:.3f}')
 
 def main()->None:
     args, rows = arguments(__doc__), []

@@ -5,6 +5,7 @@ packages alone: nbdev's processors prepare the notebooks, pandoc renders them, P
 checked. What is shown is the outputs stored in the notebooks: nothing is computed but the boxes of documented names."""
 from __future__ import annotations
 import argparse, os, shutil, subprocess, sys, time
+from configparser import ConfigParser, SectionProxy
 from pathlib import Path
 from links import Checker
 from process import process
@@ -21,16 +22,31 @@ def arguments()->argparse.Namespace:
     p.add_argument('--no-search', action='store_true', help='leave the search index out')
     return p.parse_args()
 
-def quarto()->int:
-    "nbdev's own way. It must not be called without Quarto: it would try to install it"
-    return subprocess.run([Path(sys.executable).parent/'nbdev_docs']).returncode
+def settings(root:Path)->SectionProxy:
+    parser = ConfigParser(delimiters=['='])
+    parser.read(root/'settings.ini', encoding='utf-8')
+    return parser['DEFAULT']
+
+def quarto(root:Path, out:Path)->int:
+    """nbdev's own way. It must not be called without Quarto: it would try to install it. Quarto's elements, ids and scripts are its own affair; that links and
+    anchors lead somewhere is checked as on our own pages"""
+    if code := subprocess.run([Path(sys.executable).parent/'nbdev_docs']).returncode: return code
+    made, s = root/settings(root)['doc_path'], settings(root)
+    if out != made: shutil.copytree(made, out, dirs_exist_ok=True)
+    address, repository = s['doc_host'].rstrip('/') + s['doc_baseurl'].rstrip('/') + '/', f"{s['git_url'].rstrip('/')}/blob/{s['branch']}/"
+    return report(Checker(out, address, repository, root).links(), out)
+
+def report(problems:list[str], out:Path)->int: # the exit code
+    for p in problems: print(f'PROBLEM {p}', file=sys.stderr)
+    if not problems: print(f'to read it: {sys.executable} -m http.server -d {out}   (search needs a server)')
+    return 1 if problems else 0
 
 def main()->int:
     args = arguments()
     root = args.root.resolve()
     out, proc = (args.out or root/'_docs').resolve(), (args.proc or root/'_proc').resolve()
     os.chdir(root)  # nbdev finds settings.ini from here
-    if shutil.which('quarto') and not args.no_quarto: return quarto()
+    if shutil.which('quarto') and not args.no_quarto: return quarto(root, out)
     clock = [time.perf_counter()]
     problems = process(proc, args.force)
     clock.append(time.perf_counter())
@@ -43,9 +59,8 @@ def main()->int:
     clock.append(time.perf_counter())
     if args.strict: problems += site.missing
     for m in site.missing if not args.strict else (): print(f'note: {m}', file=sys.stderr)
-    for p in problems: print(f'PROBLEM {p}', file=sys.stderr)
     times = [f'{name} {b - a:.1f} s' for name, a, b in zip(('notebooks', 'pages', 'search', 'links'), clock, clock[1:])]
     print(f"{len(site.pages)} pages in {out} ({', '.join(times)})" + (f', {len(problems)} problems' if problems else ''))
-    return 1 if problems else 0
+    return report(problems, out)
 
 if __name__ == '__main__': sys.exit(main())

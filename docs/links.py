@@ -59,8 +59,12 @@ class Checker:
         for path, doc in self.docs.items():
             name = path.relative_to(self.out).as_posix()
             bad += [f'{name}: {p}' for p in doc.problems()]
-            bad += [f'{name}: {why}' for url in sorted(doc.targets()) if (why := self.broken(path, url))]
-        return bad
+        return bad + self.links()
+
+    def links(self)->list[str]:
+        "Links and anchors that lead nowhere"
+        return [f'{path.relative_to(self.out).as_posix()}: {why}' for path, doc in self.docs.items()
+                for url in sorted(doc.targets()) if (why := self.broken(path, url))]
 
     def broken(self, page:Path, url:str)->str|None:
         "Why `url`, found on `page`, leads nowhere"

@@ -791,8 +791,6 @@ class _LogLinear(torch.autograd.Function):
 def why_not(q:torch.Tensor, # (B,T,G,K)
             k:torch.Tensor, # (B,T,G,K)
             v:torch.Tensor, # (B,T,H,V)
-            *,
-            initial_state:object=None, # a state to continue from
            )->str: # the reason, or "" where the kernels do it
     "Why these inputs cannot be handed to the kernels (shapes that no backend takes are the business of `log_linear_attention`)."
     if reason := why_not_here(_output_kernel, v): return reason
@@ -800,17 +798,14 @@ def why_not(q:torch.Tensor, # (B,T,G,K)
     if v.dtype not in (torch.bfloat16, torch.float32): return f"bfloat16 or float32 wanted, got {v.dtype}: states outgrow float16, and tensor cores lack float64"
     if k.shape[-1] > MAX_K: return f"keys of at most {MAX_K} numbers, got {k.shape[-1]}"
     if v.shape[2] > 65535: return f"at most 65535 heads, got {v.shape[2]}"
-    if initial_state is not None: return "the kernels start from nothing: continue a state by `log_linear_step`, or use backend='torch'"
     return ""
 
 def supports(q:torch.Tensor, # (B,T,G,K)
              k:torch.Tensor, # (B,T,G,K)
              v:torch.Tensor, # (B,T,H,V)
-             *,
-             initial_state:object=None, # a state to continue from
             )->bool:
     "Whether the kernels take these inputs; `why_not` says why they do not."
-    return not why_not(q, k, v, initial_state=initial_state)
+    return not why_not(q, k, v)
 
 def _check(q, k, v, g, lam, beta)->None:
     "Shapes that fit one another"

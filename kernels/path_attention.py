@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from ..core.blocks import check_shapes, sequences
 from .interpreter import why_not_here
 
-__all__ = ['CHUNK', 'aot_cases', 'path_attention', 'path_attention_decode', 'supports', 'why_not']
+__all__ = ['CHUNK', 'aot_cases', 'path_attention', 'path_attention_decode', 'supports', 'supports_decode', 'why_not', 'why_not_decode']
 
 CHUNK = 64                 # tokens a leaf
 LOG2E = math.log2(math.e)  # kernels work with exp2
@@ -119,10 +119,20 @@ def schedule(lengths: tuple[int, ...], # tokens of every sequence
 
 # ------------------------------------------------------------------------------------------------------- leaves and nodes
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 @triton.jit
 def _dot(a, b, PREC: tl.constexpr):
-    "a @ b, summed in fp32; fp32 operands by the tensor cores as PREC says"
-    return tl.dot(a, b, input_precision=PREC)
+    """a @ b, summed in fp32; fp32 operands by the tensor cores as PREC says. The interpreter multiplies bfloat16 as the integers they are stored in: widen them
+    there, which is exact"""
+    if _INTERPRETED: return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PREC)
+    else: return tl.dot(a, b, input_precision=PREC)
+
+@triton.jit
+def _add_dot(acc, a, b, PREC: tl.constexpr):
+    "acc + a @ b, in the same way"
+    if _INTERPRETED: return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PREC)
+    else: return tl.dot(a, b, acc, input_precision=PREC)
 
 @triton.jit
 def _unit_lower_inverse(n, C: tl.constexpr):
@@ -273,7 +283,7 @@ def _online(acc, m, l, s, v, PREC: tl.constexpr):
     high = tl.maximum(m, tl.max(s, 1))
     fade = tl.exp2(m - high)
     e = tl.exp2(s - high[:, None])
-    return tl.dot(e.to(v.dtype), v, acc*fade[:, None], input_precision=PREC), high, l*fade + tl.sum(e, 1)
+    return _add_dot(acc*fade[:, None], e.to(v.dtype), v, PREC), high, l*fade + tl.sum(e, 1)
 
 @triton.jit
 def _forward_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, T, N, q_slots, k_slots, plane, scale, gscale,
@@ -298,9 +308,9 @@ def _forward_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, T, N, q_slots, k
         fade, x = tl.exp2(m - high), tl.exp2(x - high[:, None])
         m, l, acc = high, l*fade + tl.sum(x, 1), acc*fade[:, None]
         vv = _tile(v, vbase + (first + at).to(tl.int64)*H*D, j, d, first + at + j < end, H*D, D)
-        acc = tl.dot(tl.where(upper[:, None], 0., x).to(vv.dtype), vv, acc, input_precision=PREC)
+        acc = _add_dot(acc, tl.where(upper[:, None], 0., x).to(vv.dtype), vv, PREC)
         vv = _tile(v, vbase + (first + C + at).to(tl.int64)*H*D, j, d, first + C + at + j < end, H*D, D)
-        acc = tl.dot(tl.where(upper[:, None], x, 0.).to(vv.dtype), vv, acc, input_precision=PREC)
+        acc = _add_dot(acc, tl.where(upper[:, None], x, 0.).to(vv.dtype), vv, PREC)
     if q0 >= 0:                                                                       # level 0: the upper leaf's queries, the lower one's keys
         qq = _tile(xq, qbase + (q0 - C).to(tl.int64)*BD, i, d, upper & live, BD, BD)
         if GATE: qc = _decay(c, cbase, plane, first + i, first + C - 1, upper & live)*gscale
@@ -365,7 +375,7 @@ def _query_grad_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, do, delta, dl
             if GATE: x += qc[:, None] - _decay(c, cbase, plane, first + at + j, first + C - 1, j >= 0)[None, :]*gscale
             x = tl.where(upper[:, None], tl.exp2(x - z[:, None])*(_dot(g, tl.trans(vv), PREC) - dd[:, None]), 0.)
             dcq += tl.sum(x, 1)
-            dq = tl.dot(x.to(kk.dtype), kk, dq, input_precision=PREC)
+            dq = _add_dot(dq, x.to(kk.dtype), kk, PREC)
         _put(dxq, qbase + (q0 - C).to(tl.int64)*BD, i, d, upper, dq, BD, BD)
     while e < stop:
         rect = rects + e*4
@@ -380,7 +390,7 @@ def _query_grad_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, do, delta, dl
             if GATE: x += qc[:, None] - _decay(c, cbase, plane, key + at + j, key + size - 1, j >= 0)[None, :]*gscale
             dx = tl.exp2(x - z[:, None])*(_dot(g, tl.trans(vv), PREC) - dd[:, None])
             if GATE: dcq += tl.sum(dx, 1)
-            dq = tl.dot(dx.to(kk.dtype), kk, dq, input_precision=PREC)
+            dq = _add_dot(dq, dx.to(kk.dtype), kk, PREC)
         _put(dxq, qbase + qrow*BD, i, d, (i < C) | (q0 >= 0), dq, BD, BD)
         e += 1
     if GATE: tl.store(dc + bhq*T + first + i, dcq, mask=live)
@@ -410,9 +420,9 @@ def _key_grad_kernel(xq, xk, v, logits, c, tiles, rects, lse, do, delta, dv, dxk
         x = tl.load(logits + (bhq*N + n)*C*C + home[:, None]*C + (at + i)[None, :]*C + (j - home)[:, None], mask=there, other=0.)
         x = tl.exp2(x - tl.load(lse + row + t, mask=there, other=float('inf')))
         gg = _tile(do, gbase + (first + at).to(tl.int64)*HQ*D, i, d, first + at + i < end, HQ*D, D)
-        dvv = tl.dot(tl.where(upper[:, None], 0., x).to(gg.dtype), gg, dvv, input_precision=PREC)
+        dvv = _add_dot(dvv, tl.where(upper[:, None], 0., x).to(gg.dtype), gg, PREC)
         gg = _tile(do, gbase + (first + C + at).to(tl.int64)*HQ*D, i, d, first + C + at + i < end, HQ*D, D)
-        dvv = tl.dot(tl.where(upper[:, None], x, 0.).to(gg.dtype), gg, dvv, input_precision=PREC)
+        dvv = _add_dot(dvv, tl.where(upper[:, None], x, 0.).to(gg.dtype), gg, PREC)
     if q0 >= 0:                                                                       # level 0
         kk = _tile(xk, xbase + k0.to(tl.int64)*BD, j, d, j < C, BD, BD)
         if GATE: kc = _decay(c, row, plane, first + j, first + C - 1, j < C)*gscale
@@ -425,10 +435,10 @@ def _key_grad_kernel(xq, xk, v, logits, c, tiles, rects, lse, do, delta, dv, dxk
             x = _dot(kk, tl.trans(qq), PREC)*scale
             if GATE: x += _decay(c, row, plane, t, first + C - 1, there)[None, :]*gscale - kc[:, None]
             x = tl.where(upper[:, None], 0., tl.exp2(x - tl.load(lse + row + t, mask=there, other=float('inf'))[None, :]))
-            dvv = tl.dot(x.to(gg.dtype), gg, dvv, input_precision=PREC)
+            dvv = _add_dot(dvv, x.to(gg.dtype), gg, PREC)
             x *= _dot(vv, tl.trans(gg), PREC) - tl.load(delta + row + t, mask=there, other=0.)[None, :]
             dck += tl.sum(x, 1)
-            dk = tl.dot(x.to(qq.dtype), qq, dk, input_precision=PREC)
+            dk = _add_dot(dk, x.to(qq.dtype), qq, PREC)
         _put(dxk, kbase + k0.to(tl.int64)*BD, j, d, j < C, dk, BD, BD)
     while e < stop:
         rect = rects + e*4
@@ -443,10 +453,10 @@ def _key_grad_kernel(xq, xk, v, logits, c, tiles, rects, lse, do, delta, dv, dxk
             x = _dot(kk, tl.trans(qq), PREC)*scale
             if GATE: x += _decay(c, row, plane, query + at + i, query - 1, there)[None, :]*gscale - kc[:, None]
             x = tl.exp2(x - tl.load(lse + row + query + at + i, mask=there, other=float('inf'))[None, :])
-            dvv = tl.dot(x.to(gg.dtype), gg, dvv, input_precision=PREC)
+            dvv = _add_dot(dvv, x.to(gg.dtype), gg, PREC)
             x *= _dot(vv, tl.trans(gg), PREC) - tl.load(delta + row + query + at + i, mask=there, other=0.)[None, :]
             if GATE: dck += tl.sum(x, 1)
-            dk = tl.dot(x.to(qq.dtype), qq, dk, input_precision=PREC)
+            dk = _add_dot(dk, x.to(qq.dtype), qq, PREC)
         _put(dxk, kbase + krow*BD, j, d, j >= 0, dk, BD, BD)
         e += 1
     _put(dv, gbase + first.to(tl.int64)*HQ*D, j, d, live, dvv, HQ*D, D)
@@ -490,12 +500,12 @@ def _node_grad_kernel(xq, xk, dxq, dxk, sources, dp, q_slots, k_slots, nodes, HQ
             base = (bh*(HQ // H) + r)*q_slots*C*BD
             for at in range(0, leaves*C, C):
                 x = tl.load(_square(xq, base + (before + at)*BD, i, d, BD)).to(tl.float32)
-                sum = tl.dot(tl.trans(x), tl.load(_square(dxq, base + (after + at)*BD, i, col, BD)), sum, input_precision=PREC)
+                sum = _add_dot(sum, tl.trans(x), tl.load(_square(dxq, base + (after + at)*BD, i, col, BD)), PREC)
     else:
         base, first = bh*k_slots*C*BD, bh*(HQ // H)*k_slots*C*BD
         for at in range(0, leaves*C, C):
             dy = tl.load(_square(dxk, first + (after + at)*BD, i, d, BD))
-            sum = tl.dot(tl.trans(dy), tl.load(_square(xk, base + (before + at)*BD, i, col, BD)).to(tl.float32), sum, input_precision=PREC)
+            sum = _add_dot(sum, tl.trans(dy), tl.load(_square(xk, base + (before + at)*BD, i, col, BD)).to(tl.float32), PREC)
     tl.store(_square(dp, (bh*nodes + node)*BD*BD, d, col, BD), sum)
 
 @triton.jit
@@ -897,6 +907,21 @@ def _decode_step(BD: int, BV: int) -> int: return 64 if max(BD, BV) <= 64 else 3
 @lru_cache(maxsize=64)
 def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor: return torch.tensor(numbers, dtype=torch.int32, device=device)
 
+def why_not_decode(keys: torch.Tensor, # (B, S, H, D)
+                   values: torch.Tensor, # (B, S, H, V)
+                  ) -> str: # the reason, or "" where the kernel does it
+    "Why the kernel does not decode from a cache of these tensors"
+    if reason := why_not_here(_decode_kernel, keys): return reason
+    if keys.dtype != values.dtype or keys.dtype not in DTYPES: return f"keys and values must be of one type, float16, bfloat16 or float32, got {keys.dtype} and {values.dtype}"
+    if max(keys.shape[-1], values.shape[-1]) > 128: return f"head dims of at most 128, got {keys.shape[-1]} and {values.shape[-1]}"
+    return ""
+
+def supports_decode(keys: torch.Tensor, # (B, S, H, D)
+                    values: torch.Tensor, # (B, S, H, V)
+                   ) -> bool: # what is refused is for plain matrix products
+    "Whether the kernel decodes from a cache of these tensors; `why_not_decode` says why it does not"
+    return not why_not_decode(keys, values)
+
 def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled, R query heads a key head: carried back to each of P parts, oldest first
                           keys: torch.Tensor, # (B, S, H, D) slots, each carried on to the end of its part
                           values: torch.Tensor, # (B, S, H, V)
@@ -909,8 +934,8 @@ def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled,
                           splits: int | None = None, # programs that share a head's slots; None fills the GPU
                          ) -> torch.Tensor: # (B, H, R, V) fp32
     """Attention of one token: transforms still pending act on its queries, and the cache is read once, in its own dtype. What
-    `rlcr_suite.path_attention.PathCache` holds fits as it is. Raises `ValueError` if shapes do not."""
-    if reason := why_not_here(_decode_kernel, keys): raise ValueError(reason)
+    `rlcr_suite.path_attention.PathCache` holds fits as it is. Raises `ValueError` if shapes do not, and for what `why_not_decode` names."""
+    if reason := why_not_decode(keys, values): raise ValueError(reason)
     if (c is None) != (total is None): raise ValueError("c and total are given together, or neither")
     n = check_shapes(queries=(queries, "P B H R D"), keys=(keys, "B S H D"), values=(values, "B S H V"), recent=(recent, "B W H D"),
                      valid=(valid, "B S"), c=(c, "B S HQ"), total=(total, "B HQ"))
@@ -920,7 +945,6 @@ def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled,
     if len(bounds) != P + 1 or bounds[0] or any(a > b for a, b in zip(bounds, bounds[1:])) or not 0 < slots <= S:
         raise ValueError(f"bounds must rise from 0 to at most {S} in {P + 1} numbers, got {list(bounds)}")
     if recent is not None and slots - bounds[-2] > W: raise ValueError(f"the last part has {slots - bounds[-2]} tokens, but recent has room for {W}")
-    if max(D, V) > 128: raise ValueError(f"head dims of at most 128, got {D} and {V}")
     queries, keys, values = queries.float().contiguous(), keys.contiguous(), values.contiguous()
     valid = torch.ones(1, dtype=torch.uint8, device=keys.device).expand(B, S).contiguous() if valid is None else valid.contiguous().view(torch.uint8)
     bounds, P = tuple(bounds) if recent is None else tuple(bounds[:-1]), P - (recent is not None)

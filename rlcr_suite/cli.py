@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OK', 'FAILED', 'MISTAKE', 'INTERRUPTED', 'app', 'rlcr', 'METERS', 'PAPERS', 'NOTE', 'PAGES', 'Kind', 'Mode', 'Verify',
            'PresetName', 'VERIFIERS', 'SCORES', 'FORMATS', 'PAGE', 'Commands', 'Board', 'claims', 'PageFailed',
-           'execute', 'reproduce', 'train', 'evaluate', 'report', 'main']
+           'execute', 'update_readme', 'reproduce', 'train', 'evaluate', 'report', 'main']
 
 # %% ../nbs/cli.ipynb #00dba2ca
 import os, sys, time
@@ -81,7 +81,7 @@ def _version(show:bool)->None:
 @app.callback(epilog=_examples('rlcr-suite claims', 'rlcr-suite reproduce rlcr', 'rlcr-suite rlcr eval --model ./model --data test.jsonl --out answers.jsonl'))
 def _root(debug:Annotated[bool, Option('--debug', envvar='RLCR_SUITE_DEBUG', help='Show the traceback of a mistake.')]=False,
           version:Annotated[bool, Option('--version', callback=_version, is_eager=True, help='Show the version and leave.')]=False):
-    """Calibrated, efficient and self-adapting language models: twelve papers, run again.
+    """Calibrated, efficient and self-adapting language models: recent papers, run again.
 
     Exit codes: 0 all is well, 1 the work failed, 2 the command was wrong, 130 interrupted."""
 
@@ -169,8 +169,8 @@ def _show_claims(paper:str, claims:Sequence)->None:
     from rlcr_suite.core.records import table
     console = _console()
     if not claims: return console.print(f'{paper}: no evidence yet; rlcr-suite reproduce {paper} makes it', soft_wrap=True)
-    console.print(f'[bold]{paper}[/bold]: {sum(c.holds is True for c in claims)} of {len(claims)} claims hold')
-    console.print(table(claims))
+    console.print(f'[bold]{paper}[/bold]: {(ledger := table(claims)).summary}')
+    console.print(ledger)
 
 # %% ../nbs/cli.ipynb #3c09c5ed
 NOTE = 'run.json' # says that a folder holds a run, and of what
@@ -199,6 +199,11 @@ def _pages_wanted(scale:str)->Path|None: # the checkout
     from rlcr_suite.core.records import checkout, records_dir
     root = checkout()
     return root if root and scale != 'test' and records_dir().resolve() == (root/'records').resolve() else None
+
+def _need_ledger(scale:str)->None:
+    "Raise `ValueError`, before any work, if what is run now could not be published"
+    from rlcr_suite.core.records import need_committed, records_dir, stamp
+    if scale != 'test': need_committed(records_dir(new=True), stamp()['commit'])
 
 @contextmanager
 def _leaving_at_once(board:Board)->Iterator[None]:
@@ -233,7 +238,7 @@ def _evidence(paper:str, scale:str, root:Path, workers:int|None, fresh:bool): # 
 def _publish(paper:str, evidence, scale:str, root:Path)->list: # of `core.records.Claim`
     "Write the evidence and the claims that it decides. Scale test, for tests, is too small to decide any: its evidence stays in the run's folder"
     from rlcr_suite.core.records import records_dir
-    _chapter(paper, 'experiment').write_evidence(evidence, (root if scale == 'test' else records_dir())/'evidence'/paper/scale)
+    _chapter(paper, 'experiment').write_evidence(evidence, (root if scale == 'test' else records_dir(new=True))/'evidence'/paper/scale)
     return [] if scale == 'test' else _chapter(paper, 'results').publish(evidence)
 
 # %% ../nbs/cli.ipynb #d74a1e0d
@@ -279,6 +284,18 @@ def _cleaned(notebook:str)->str:
     return nb2str(nb)
 
 # %% ../nbs/cli.ipynb #1e23f5e7
+def update_readme(path:Path # its table of chapters has lines `| … | `rlcr_suite.PAPER` | STATUS |`
+                 )->bool: # did it change?
+    "Write what the claims of each paper came to into the README's table"
+    import re
+    from rlcr_suite.core.data import atomic_write
+    from rlcr_suite.core.records import read, records_dir, table
+    text = path.read_text(encoding='utf-8')
+    def line(m): return f'{m[1]} {table(read(m[2])).summary} |' if (records_dir()/f'{m[2]}.json').exists() else m[0]
+    new = re.sub(r'(\| `rlcr_suite\.(\w+)` \|)[^|\n]*\|', line, text)
+    if new != text: atomic_write(path, new)
+    return new != text
+
 def _execute_pages(paper:str, checkout:Path)->None:
     "Execute the pages that show a paper's results"
     for page in PAGES[paper]:
@@ -287,7 +304,8 @@ def _execute_pages(paper:str, checkout:Path)->None:
         print(f'executing nbs/{page}', flush=True)
         execute(path)
 
-@app.command(epilog=_examples('rlcr-suite reproduce rlcr', 'rlcr-suite reproduce rlcr --scale full --workers 4', 'rlcr-suite reproduce rlcr --fresh --out runs/again'))
+@app.command(epilog=_examples('rlcr-suite reproduce rlcr', 'rlcr-suite reproduce rlcr --scale full --workers 4',
+                               'rlcr-suite reproduce rlcr --fresh --out runs/again'))
 def reproduce(paper:Annotated[str|None, Argument(help='Which paper; all by default.')]=None,
               scale:Annotated[str, Option(help='quick: minutes on two cores. full: more seeds, longer training, more arms.')]='quick',
               out:Annotated[Path|None, Option(help='Folder of the run; runs/PAPER/SCALE by default.')]=None,
@@ -296,14 +314,17 @@ def reproduce(paper:Annotated[str|None, Argument(help='Which paper; all by defau
               notebooks:Annotated[bool, Option(help='In a checkout, execute the pages that show the results.')]=True):
     """Run a paper's experiments again and write its claims.
 
-    A run that was stopped, by whatever means, goes on when the command is given again."""
+    A run that was stopped, by whatever means, goes on when the command is given again. Outside a checkout the claims go to records/ in the working folder."""
     if paper is not None and paper not in PAPERS: raise ValueError(f'cannot reproduce {paper!r}; there are {", ".join(PAPERS)}')
     checkout = _pages_wanted(scale) if notebooks else None
     if checkout: _needs_notebooks()
+    _need_ledger(scale)
     for p in [paper] if paper else PAPERS:
         root = (out if paper else out/p) if out else (checkout or Path())/'runs'/p/scale
         found = _publish(p, _evidence(p, scale, root, workers, fresh), scale, root)
-        if checkout: _execute_pages(p, checkout)
+        if checkout:
+            _execute_pages(p, checkout)
+            update_readme(checkout/'README.md')
         if scale != 'test': _show_claims(p, found)
 
 # %% ../nbs/cli.ipynb #bb18bd95
@@ -359,7 +380,8 @@ def _settings(texts:Sequence[str])->dict[str, Any]:
     found = dict(map(_setting, texts))
     known = {f.name for f in fields(extra('trl').GRPOConfig)} - {'output_dir'}
     for key in found:
-        if key not in known: raise ValueError(f'GRPOConfig has no setting {key!r} to set{"; did you mean " + m[0] + "?" if (m := get_close_matches(key, known, 1)) else ""}')
+        near = get_close_matches(key, known, 1)
+        if key not in known: raise ValueError(f'GRPOConfig has no setting {key!r} to set' + (f'; did you mean {near[0]}?' if near else ''))
     return found
 
 # %% ../nbs/cli.ipynb #12f9d0c4
@@ -402,25 +424,28 @@ def _keep(trainer, tok, path:Path)->None:
     'rlcr-suite rlcr train --model ./base --data train.jsonl --kind rlvr --out runs/rlvr --max-steps 100 --set learning_rate=1e-5',
     'accelerate launch -m rlcr_suite.cli rlcr train --model ./base --data train.jsonl --preset paper-math --out runs/rlcr'))
 def train(model:Annotated[str, Option(help='A checkpoint folder, or a name on the Hugging Face hub.')],
-          data:Annotated[str, Option(help='Questions: a .jsonl, .json, .parquet or .csv file, a saved dataset, or a name on the hub; columns prompt and answer.')],
+          data:Annotated[str, Option(help='Questions: a .jsonl, .json, .parquet or .csv file, a saved dataset, or a name on the hub; '
+                                         'columns prompt and answer.')],
           out:Annotated[Path, Option(help='Folder for checkpoints, the log, and the trained model (OUT/model).')],
           split:Annotated[str, Option(help='Which part of the data.')]='train',
           preset:Annotated[PresetName, Option(help="Settings to start from: the paper's, or those for this suite's small world.")]='paper-hotpot',
-          kind:Annotated[Kind, Option(help='The reward. rlcr: correct, minus the score of the confidence. rlvr: correct. calibration: confidence only. abstention: may decline.')]='rlcr',
+          kind:Annotated[Kind, Option(help='The reward. rlcr: correct, minus the score of the confidence. rlvr: correct. calibration: confidence only. '
+                                          'abstention: may decline.')]='rlcr',
           rule:Annotated[Literal['brier', 'spherical', 'log'], Option(help='How a confidence is scored.')]='brier',
           lam:Annotated[float, Option(help='What a right answer is worth.')]=1.,
           verify:Annotated[Verify, Option(help='How answers are compared.')]='exact',
           mode:Annotated[Mode|None, Option(help='Sections of a completion: think, answer, (analysis,) (confidence).  [default: what the reward needs]')]=None,
           instruct:Annotated[bool, Option(help='Put the instruction for the format before every question.')]=False,
           lora:Annotated[int|None, Option(min=1, help='Train a low-rank adapter of this rank instead of all weights.')]=None,
-          seed:Annotated[int, Option(help='Of sampling and order.')]=0,
+          seed:Annotated[int|None, Option(help='Of sampling and order; the preset decides by default.')]=None,
           max_steps:Annotated[int|None, Option(min=1, help='Optimizer steps; the preset decides by default.')]=None,
           settings:Annotated[list[str], Option('--set', metavar='KEY=VALUE', help="Any field of TRL's GRPOConfig; may be given again.")]=[]):
     """Train a model by GRPO so that it states how sure it is.
 
-    A run that was stopped goes on from its newest whole checkpoint when the command is given again. Several devices: [bold]accelerate launch[/bold], see below."""
+    A run that was stopped goes on from its newest whole checkpoint when the command is given again.
+    Several devices: [bold]accelerate launch[/bold], see below."""
     ds = _questions(data, split, (mode or ('ta' if kind in ('rlvr', 'abstention') else 'tabc')) if instruct else None)
-    config = dict(seed=seed) | (dict(max_steps=max_steps) if max_steps else {}) | _settings(settings)
+    config = {k: v for k, v in dict(seed=seed, max_steps=max_steps).items() if v is not None} | _settings(settings)
     _quiet()
     from rlcr_suite.core.lm import load
     from rlcr_suite.rlcr import scoring
@@ -436,8 +461,9 @@ def train(model:Annotated[str, Option(help='A checkpoint folder, or a name on th
 # %% ../nbs/cli.ipynb #3a6a2549
 def _graded(prompt, gold, texts:Sequence[str], answers:Sequence[str|None], confidences:Sequence[float|None], mode:str, verify:Callable)->list[dict]:
     "Completions of one question, read and verified"
-    from rlcr_suite.rlcr.reward import _question, parse
-    right = lambda a: a is not None and bool(verify(a, gold, question=_question(prompt)))
+    from rlcr_suite.core.data import question
+    from rlcr_suite.rlcr.reward import parse
+    right = lambda a: a is not None and bool(verify(a, gold, question=question(prompt)))
     return [dict(text=t, answer=a, confidence=q, ok=parse(t, mode).ok, correct=right(a)) for t, a, q in zip(texts, answers, confidences)]
 
 class _Local:
@@ -464,13 +490,14 @@ class _Local:
         texts = [t for ts in generate(self.model, self.tok, prompts, seed=seed, **self.how) for t in ts]
         asked = elicit(self.model, self.tok, [p for p in prompts for _ in range(self.n)], texts, batch_size=self.batch)
         own = lambda xs, k: list(xs[k*self.n:(k + 1)*self.n])
-        return {i: _graded(prompts[k], part['answer'][k], own(asked.texts, k), own(asked.answers, k), own(asked.confidences.tolist(), k), self.mode, self.verify)
-                for k, i in enumerate(ids)}
+        answered = lambda k: (own(asked.texts, k), own(asked.answers, k), own(asked.confidences.tolist(), k))
+        return {i: _graded(prompts[k], part['answer'][k], *answered(k), self.mode, self.verify) for k, i in enumerate(ids)}
 
 # %% ../nbs/cli.ipynb #5b6a58bb
 class _Served:
     "Answers of a model behind an OpenAI-compatible server. What a reply lacks stays missing: no server continues another's words"
-    def __init__(self, server:str, model:str, ds, mode:str, verify:Callable, n:int, temperature:float, max_tokens:int, seed:int, concurrency:int, timeout:float, retries:int):
+    def __init__(self, server:str, model:str, ds, mode:str, verify:Callable, n:int, temperature:float, max_tokens:int, seed:int,
+                 concurrency:int, timeout:float, retries:int):
         from rlcr_suite.core.chat import ServerChat
         self.chat = ServerChat(model, server, timeout=timeout, max_retries=retries, concurrency=concurrency)
         self.ds, self.mode, self.verify, self.seed = ds, mode, verify, seed
@@ -579,7 +606,8 @@ def evaluate(data:Annotated[str, Option(help='Questions: a file, a saved dataset
     if n > 1 and temperature == 0: raise ValueError('--n above 1 needs --temperature above 0: greedy completions are all the same')
     ds = _questions(data, split, mode if instruct else None)
     how = dict(n=n, temperature=temperature, max_tokens=max_tokens, seed=seed)
-    _hold_to(out, dict(model=model or served_model, server=server, data=data, split=split, mode=mode, instruct=instruct, verify=verify) | how | (dict(batch_size=batch_size) if model else {}))
+    asked = dict(model=model or served_model, server=server, data=data, split=split, mode=mode, instruct=instruct, verify=verify)
+    _hold_to(out, asked | how | (dict(batch_size=batch_size) if model else {}))
     _quiet()
     ask = (_Local(model, ds, mode, _verifier(verify), **how, batch=batch_size) if model else
            _Served(server, served_model, ds, mode, _verifier(verify), **how, concurrency=concurrency, timeout=timeout, retries=retries))
@@ -590,7 +618,8 @@ def _tell(flat:dict[str, list], out:Path)->None:
     "Print the scores of an evaluation"
     console, lost = _console(), sum(q is None for q in flat['confidence'])
     console.print(_score_table({out.stem: _scores(flat)}))
-    if lost: console.print(f'{lost} of {len(flat["confidence"])} completions state no confidence' + ('' if lost == len(flat['confidence']) else '; they count as 0'))
+    n, some = len(flat['confidence']), '; they count as 0'
+    if lost: console.print(f'{lost} of {n} completions state no confidence' + some*(lost < n))
     console.print(f'{len(set(flat["item"]))} questions; intervals are 95%; the rows are in {out}', soft_wrap=True, markup=False)
 
 # %% ../nbs/cli.ipynb #8840830e
@@ -619,9 +648,13 @@ def _page(runs:dict[str, dict], fig)->str: # an HTML page without links to anywh
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Confidence report</title>
-<style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}svg{{max-width:100%;height:auto}}
-div{{overflow-x:auto}}table{{border-collapse:collapse;font-variant-numeric:tabular-nums}}th,td{{padding:.3rem .8rem;text-align:right;border-bottom:1px solid #8884}}th:first-child{{text-align:left}}</style></head>
-<body><h1>Confidence report</h1><p>95% bootstrap intervals over questions. ECE is to be read beside its null: the ECE that a perfectly calibrated model with these confidences would show.</p>
+<style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
+svg{{max-width:100%;height:auto}}
+div{{overflow-x:auto}}table{{border-collapse:collapse;font-variant-numeric:tabular-nums}}
+th,td{{padding:.3rem .8rem;text-align:right;border-bottom:1px solid #8884}}th:first-child{{text-align:left}}
+</style></head>
+<body><h1>Confidence report</h1><p>95% bootstrap intervals over questions.
+ECE is to be read beside its null: the ECE that a perfectly calibrated model with these confidences would show.</p>
 <div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 <h2>Stated confidence and the share of right answers</h2>{picture}</body></html>
 """
@@ -635,7 +668,8 @@ def _named(files:Sequence[Path])->dict[str, Path]:
     if len(set(names)) < len(names): raise ValueError('a file is given twice')
     return dict(zip(names, files))
 
-@rlcr.command(epilog=_examples('rlcr-suite rlcr report rlcr.jsonl', 'rlcr-suite rlcr report rlvr.jsonl rlcr.jsonl --out report.html', 'rlcr-suite rlcr report rlcr.jsonl --out figure.svg'))
+@rlcr.command(epilog=_examples('rlcr-suite rlcr report rlcr.jsonl', 'rlcr-suite rlcr report rlvr.jsonl rlcr.jsonl --out report.html',
+                               'rlcr-suite rlcr report rlcr.jsonl --out figure.svg'))
 def report(files:Annotated[list[Path], Argument(help='Files that rlcr-suite rlcr eval wrote.')],
            out:Annotated[Path|None, Option(help='Also write a page (.html) or the reliability diagrams (.png, .svg).')]=None):
     "Compare evaluations: scores with intervals, and reliability diagrams."

@@ -1,6 +1,7 @@
 "Experiments and results of log-linear and PaTH attention: claims decided by their rules, on made-up scores whose truth is known."
 import json
 from functools import cache, partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -88,17 +89,45 @@ PATH = lambda m: m.startswith('path')
 PA_GOOD = lambda plan=pae.QUICK, **k: made_up(pae, plan, lambda m, *a: 1. if PATH(m) else .6, lambda m, task, test, x: .2 if PATH(m) else .6 + x, **k)
 
 
+def test_a_size_that_neither_learned_is_left_out():
+    "Guessing is right once in eight: such a pair says nothing, and does not count"
+    e = made_up(lle, lle.FULL, lambda m, task, *a: .125 if task != 'mqar-8' else .9 if levelled(m) else .5, lambda *a: .5)
+    i = llr.recall(e, 'mamba2')
+    assert i.value == pytest.approx(.4, abs=.03) and i.n == N
+    assert llr.rewritten(e, 'mamba2') is None
+    one = made_up(lle, lle.FULL, lambda m, task, *a: .25 if task == 'mqar-8' and levelled(m) else .125, lambda *a: .5)
+    assert llr.recall(one, 'mamba2').value == pytest.approx(.125, abs=.03) # enough that one of them does better
+
+
 def test_a_mixer_that_solves_everything_is_found_to():
     v = verdicts(par, PA_GOOD())
-    for id in ('flip-flop-id', 'flip-flop-sparse', 'flip-flop-dense', 'rope-sparse', 'fox-sparse', 's5', 's5-rope', 's5-fox', 's5-longer', 'text-path', 'text-path-fox', 'longer-rope', 'wy', 'blocks', 'decode'): assert v[id] is True, id
+    assert v['rope-sparse'] is v['fox-sparse'] is None # they guess as in training, too
+    for id in ('flip-flop-id', 'flip-flop-sparse', 'flip-flop-dense', 's5', 's5-rope', 's5-fox', 's5-longer', 'text-path', 'text-path-fox', 'longer-rope', 'wy', 'blocks',
+               'decode'): assert v[id] is True, id
     for id in ('s3', 'a5-layers', 'mqrar', 'ruler'): assert v[id] is None, id
 
 
 def test_mixers_that_solve_nothing_are_not_found_to():
     v = verdicts(par, made_up(pae, pae.QUICK, lambda *a: .6, lambda *a: .5))
     for id in ('flip-flop-id', 'flip-flop-sparse', 'flip-flop-dense', 's5', 's5-rope', 's5-fox', 'text-path', 'text-path-fox', 'longer-rope'): assert v[id] is False, id
-    v = verdicts(par, made_up(pae, pae.QUICK, lambda *a: 1., lambda *a: .5))
-    assert v['rope-sparse'] is False and v['fox-sparse'] is False
+
+
+@pytest.mark.parametrize('known, sparse, status', [(.95, .6, 'holds'), (.95, .95, 'does not hold'), (1., 1., 'does not hold'), (.7, .5, 'undecided'), (.85, .2, 'undecided')])
+def test_who_has_not_learned_a_task_cannot_fail_at_another(known, sparse, status):
+    e = made_up(pae, pae.QUICK, lambda m, task, test, x: sparse if test == 'sparse' else known, lambda *a: .5)
+    for c in (c for c in par.CLAIMS if c.id in ('rope-sparse', 'fox-sparse')):
+        c = c.decide(par.OURS[c.id](e))
+        assert c.status == status and c.ours.value == pytest.approx(known - sparse, abs=.03)
+
+
+def test_the_worse_end_of_an_interval_decides():
+    "One seed of three that fails is enough to leave a claim open; and a share lies between 0 and 1"
+    e = PA_GOOD()
+    lost = (e.scores.seed == 1) & (e.scores.mixer == 'path') & (e.scores.task == 'S5') & (e.scores.test == 'longer')
+    e.scores.loc[lost, 'right'] = e.scores.loc[lost, 'right']//2
+    i = par.products(e, 'path', 'S5', test='longer')
+    assert .5 < i.value < 1 and i.low < .5 and i.high == 1 and next(c for c in par.CLAIMS if c.id == 's5-longer').decide(i).holds is False
+    assert par.error(e, 'path', 'id').low == 0
 
 
 def test_an_error_is_what_accuracy_is_not():
@@ -168,20 +197,64 @@ def test_one_trial_of_each_chapter(tmp_path):
         assert t.done and t.progress()['step'] == t.progress()['total'] > 0
 
 
-def bench(ratio):
+STAMP = dict(hardware='a chip, 1 thread', versions={'torch': '2'}, commit='abcdef0', date='2026-01-01')
+SPREAD = lambda x: dict(median=x, low=.9*x, high=1.1*x)
+
+def bench(ratio, at=lambda T: T**1.1):
     "A stored benchmark, as `trials.benchmark` returns it"
-    stamp = dict(hardware='a chip, 1 thread', versions={'torch': '2'}, commit='abcdef0', date='2026-01-01')
-    return dict(device='cpu', repeats=7, stamp=stamp, evidence='benchmarks/results/cpu/x.json',
-                results=[dict(T=T, seconds=dict(forward=dict(log_linear=dict(median=T**1.1, low=T**1.09, high=T**1.11))), ratio_to_sdpa=ratio if T <= 16384 else {}) for T in (1024, 2048, 16384, 65536)])
+    return dict(device='cpu', repeats=7, stamp=STAMP, evidence='benchmarks/results/cpu/x.json',
+                results=[dict(T=T, seconds=dict(forward=dict(log_linear=SPREAD(at(T)))), ratio_to_sdpa=ratio if T <= 16384 else {}) for T in (1024, 2048, 16384, 65536)])
 
 def test_speeds_come_from_stored_benchmarks(monkeypatch):
     v = lambda results, e: {c.id: c for c in results.decide(e)}
-    monkeypatch.setattr(llr, 'benchmark', lambda: bench(dict(both=dict(median=9., low=8., high=10.))))
+    monkeypatch.setattr(llr, 'benchmark', lambda: bench(dict(forward=SPREAD(14.5), both=SPREAD(9.))))
     monkeypatch.setattr(par, 'benchmark', lambda: bench(dict(forward=dict(path=dict(median=1.1, low=1.05, high=1.12)), both=dict(path=dict(median=1.2, low=1.1, high=1.3)))))
     c = v(llr, LL_SAME())
     assert c['growth'].ours.value == pytest.approx(1.1, abs=1e-5) and c['growth'].holds and c['crossover'].holds
+    assert c['speed-forward'].holds is True and c['speed-both'].holds is False and c['speed-short'].holds is True
     assert (c['growth'].hardware, c['growth'].evidence) == ('a chip, 1 thread', 'benchmarks/results/cpu/x.json')
     c = v(par, PA_GOOD())
     assert c['speed-forward'].holds is True and c['speed-both'].holds is False
     for results in (llr, par): monkeypatch.setattr(results, 'benchmark', lambda: None)
     assert v(llr, LL_SAME())['growth'].ours is None and v(par, PA_GOOD())['speed-both'].ours is None
+
+def test_the_ends_of_an_exponent_are_those_of_any_choice_of_repeats():
+    "Every corner of the ranges, fitted one by one; and what is shorter than 2k does not count"
+    b = bench({}, at=lambda T: 1. if T < 2048 else T**1.1)
+    rows = [r['seconds']['forward']['log_linear'] for r in b['results'][1:]]
+    corners = [np.polyfit(np.log([2048, 16384, 65536]), np.log([r[k] for r, k in zip(rows, ks)]), 1)[0] for ks in product(('low', 'high'), repeat=3)]
+    assert llr.slope(b) == pytest.approx((1.1, min(corners), max(corners)))
+
+def gpu_record(paper, fla, ours='measured', deterministic=True):
+    "Rows as benchmarks/gpu.py writes them; `fla`: times faster, by measure"
+    rows = [dict(name=f'{paper} {m}', case=dict(T=65536), contenders=dict(rlcr_suite=dict(status=ours)),
+                 times_faster={'fla': x, 'sdpa': .1} if x else {'sdpa': .1}) for m, xs in fla.items() for x in xs]
+    rows.append(dict(name=f'{paper} training', case=dict(T=65536), times_faster={}, contenders=dict(rlcr_suite=dict(status=ours, deterministic=deterministic))))
+    return dict(device='a-gpu', repeats=7, stamp=STAMP, evidence='benchmarks/results/a-gpu/gpu.json', results=rows)
+
+def test_speeds_of_a_gpu(monkeypatch):
+    "The worst row decides; a kernel that failed counts as zero, and what nobody ran is no evidence"
+    def found(results, record):
+        monkeypatch.setattr(results, 'gpu', lambda: record)
+        return {k: results.OURS[k](None) for k in results.OURS if k.startswith('gpu')}
+    assert set(found(llr, None).values()) == set(found(par, None).values()) == {None}
+    f = found(llr, gpu_record('log_linear', dict(forward=(3., 1.9, None), backward=(6., 7.))))
+    assert (f['gpu-forward']['ours'].value, f['gpu-forward']['ours'].high, f['gpu-backward']['ours'].value, f['gpu-forward']['scale']) == (1.9, 3., 6., 'gpu')
+    f = found(par, gpu_record('path', dict(forward=(2.,), decode=(4., 3.5)), deterministic=False))
+    assert f['gpu-backward'] is None and f['gpu-decode']['ours'].value == 3.5 and f['gpu-training']['ours'].value == 0
+    assert found(par, gpu_record('path', {}))['gpu-training']['ours'].value == 1
+    assert found(par, gpu_record('path', {}, ours='not measured: out of time'))['gpu-training'] is None
+    f = found(par, gpu_record('path', dict(forward=(2.,)), ours='failed: out of memory'))
+    assert f['gpu-forward']['ours'].value == f['gpu-training']['ours'].value == 0
+
+def test_a_gpus_record_is_found(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(trials, 'benchmark', lambda name, device: asked.append((name, device)) or {'device': device})
+    for results in (llr, par):
+        monkeypatch.setattr(results, 'checkout', lambda: None)
+        assert results.gpu() is None
+        monkeypatch.setattr(results, 'checkout', lambda: tmp_path)
+        for device in ('cpu', 'nvidia-h200'):
+            (tmp_path/'benchmarks/results'/device).mkdir(parents=True, exist_ok=True)
+            (tmp_path/f'benchmarks/results/{device}/gpu.json').write_text('{}')
+        assert results.gpu() == {'device': 'nvidia-h200'} and set(asked) == {('gpu', 'nvidia-h200')}

@@ -179,6 +179,41 @@ def test_who_lost_the_gpu_when_checked_is_never_timed(args):
     assert gpu.excluded(FEW[1], rows, {}) == {'fla': 'not timed, its check says failed: illegal access'}
     assert gpu.excluded(gpu.Case('path', 'forward', 64, 1, 2, 32), rows, {}) == {}, 'another width has its own check'
 
+@pytest.mark.parametrize('ours, fla, want', [(1., 2., True), (1., 1.9, True), (1., 1.6, False), (1., None, None), (None, 2., None), ('failed: out of memory', 2., False)])
+def test_the_bar_of_a_row(ours, fla, want):
+    def entry(x):
+        if isinstance(x, str): return dict(status=x)
+        return dict(status='measured', seconds=dict(median=x)) if x else dict(status='not measured: needs a GPU')
+    r = gpu.row(gpu.Case('path', 'forward', 8192, 1, 2, 16), {gpu.OURS: entry(ours), 'fla': entry(fla)}, 'bfloat16')
+    assert (r['bar'], r['aim'], r['met']) == (1.7, 2.5, want) and ('bar 1.7' in gpu.shown(r)) == (want is not None)
+
+def test_the_bar_of_training():
+    case = gpu.Case('path', 'training', 64, 1, 2, 16)
+    for entry, want in ((dict(status='measured', deterministic=True), True), (dict(status='measured', deterministic=False), False), (dict(status='failed: out of memory'), False),
+                        (dict(status='not measured: out of time'), None)):
+        assert gpu.met(case, {gpu.OURS: entry})['met'] is want
+    assert gpu.met(gpu.Case('log_linear_delta', 'forward', 64, 1, 2, 16), {}) == {}
+
+# ---- the CPU benchmarks ------------------------------------------------------------------------------------------------
+def test_the_scan_is_timed_at_its_fastest_block(args, monkeypatch):
+    sys.path.insert(0, str(HERE))
+    import path_attention as bench, log_linear as levels
+    sys.path.remove(str(HERE))
+    x, want = bench.inputs(512, 0, 'cpu'), None
+    for C in bench.BLOCKS:
+        found = bench.scan(*x, C=C)
+        want = bench.tree(*x) if want is None else want
+        assert float((found - want).norm()/want.norm()) < 1e-5, C
+    seconds = {64: .02, 128: .01, 256: 0., 512: .01}
+    monkeypatch.setattr(bench, 'scan', lambda *x, C: gpu.time.sleep(seconds[C]))
+    assert bench.best_block(x, 'cpu') == 256
+    x = levels.inputs(64, 0, 'cpu')
+    assert set(levels.CONTENDERS) == {'log_linear', 'log_linear_delta', 'sdpa', 'naive'} and not torch.allclose(levels.delta(*x), levels.CONTENDERS['log_linear'](*x))
+
+def test_an_exponent_counts_from_2k():
+    rows = [dict(T=T, seconds=dict(forward=dict(ours=dict(median=T**1.5 if T >= 2048 else 1.)))) for T in (512, 2048, 8192)]
+    assert _harness.exponent(rows, 'forward', 'ours') == 1.5 and _harness.exponent(rows[:2], 'forward', 'ours') is None
+
 # ---- the command -------------------------------------------------------------------------------------------------------
 def test_the_record(args, monkeypatch, capsys):
     monkeypatch.setattr(gpu.sys, 'argv', ['gpu.py', '--quick', '--device', 'cpu', '--only', 'path', '--out', str(args.out)])
@@ -197,7 +232,9 @@ def test_the_record(args, monkeypatch, capsys):
         for e in r['contenders'].values():
             if 'seconds' in e: assert 0 < e['seconds']['low'] <= e['seconds']['median'] <= e['seconds']['high']
     assert record['results'][names.index('path training')]['contenders'][gpu.OURS]['deterministic'] is True
-    assert record['results'][names.index('path forward')]['bar'] == 1.7 and record['results'][names.index('path forward')]['times_faster'].keys() == {'sdpa'}
+    forward = record['results'][names.index('path forward')]
+    assert (forward['bar'], forward['aim'], forward['met']) == (1.7, 2.5, None) and record['results'][names.index('path training')]['met'] is True
+    assert record['results'][names.index('path forward')]['times_faster'].keys() == {'sdpa'}
     assert not any(m.split('.')[0] == 'fla' for m in set(sys.modules) - before), 'the peer is imported only where it runs'
 
 def test_without_a_gpu_it_says_so(args, monkeypatch, capsys):

@@ -208,6 +208,20 @@ class TestTrain:
         names = lambda m: sorted(n for n, _ in m.named_parameters())
         assert names(load(tmp_path/"run"/"model")[0]) == names(load(made/"base")[0])
 
+    @pytest.mark.parametrize("given, seed", [([], None), (["--seed", 0], 0), (["--seed", 7], 7)])
+    def test_the_preset_decides_what_is_not_given(self, call, made, tmp_path, monkeypatch, given, seed):
+        "The paper's presets have a seed of their own, 43"
+        from types import SimpleNamespace
+        from rlcr_suite.rlcr import train
+        asked = {}
+        done = SimpleNamespace(state=SimpleNamespace(global_step=0), is_world_process_zero=lambda: True)
+        monkeypatch.setattr(train, "grpo", lambda *args, **kwargs: asked.update(kwargs) or done)
+        monkeypatch.setattr(cli, "_keep", lambda *args: None)
+        call("rlcr", "train", "--model", made/"base", "--data", made/"data.jsonl", "--preset", "paper-math", "--out", tmp_path, *given)
+        assert asked.get("seed") == seed and "max_steps" not in asked
+        options = {k: v for k, v in asked.items() if k not in ("kind", "preset", "reward", "callbacks")}
+        assert train.grpo_config("paper-math", tmp_path, **options).seed == (43 if seed is None else seed)
+
     def test_two_processes(self, made, tmp_path):
         "`accelerate launch` on two CPU processes: one of them prints, and the model is written once"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
@@ -318,6 +332,32 @@ class TestReproduce:
         assert "went_on" in cli._open_run(tmp_path/"run", "rlcr", "test", False) and (tmp_path/"run"/"old").exists()
         with pytest.raises(ValueError, match="scale test"): cli._open_run(tmp_path/"run", "rlcr", "quick", False)
         assert "went_on" not in cli._open_run(tmp_path/"run", "rlcr", "quick", True) and not (tmp_path/"run"/"old").exists()
+
+
+    def test_what_could_not_be_published_is_not_run(self, call, tmp_path, monkeypatch):
+        "The ledger of a checkout takes numbers of committed code: that is said before anything is trained, not after"
+        from rlcr_suite.core import records
+        root = tmp_path/"checkout"
+        (root/"records").mkdir(parents=True)
+        (root/"settings.ini").write_text("[DEFAULT]\nlib_name = rlcr_suite\n")
+        monkeypatch.delenv("RLCR_SUITE_RECORDS", raising=False)
+        monkeypatch.chdir(root)
+        monkeypatch.setattr(records, "stamp", lambda: dict(hardware="x", versions={"python": "3"}, commit="a"*40 + "-dirty", date="2030-01-01"))
+        monkeypatch.setattr(cli, "_evidence", lambda *args: pytest.fail("something was run"))
+        assert "not committed" in call("reproduce", "rlcr", "--out", tmp_path/"run", code=2).stderr and not (tmp_path/"run").exists()
+
+    def test_outside_a_checkout_claims_go_to_the_working_folder(self, call, tmp_path, monkeypatch):
+        from types import SimpleNamespace
+        from rlcr_suite.core import records
+        monkeypatch.delenv("RLCR_SUITE_RECORDS", raising=False)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(records.rlcr_suite, "__file__", str(tmp_path/"site"/"rlcr_suite"/"__init__.py"))
+        written = []
+        chapter = SimpleNamespace(write_evidence=lambda e, path: written.append(path), publish=lambda e: [])
+        monkeypatch.setattr(cli, "_evidence", lambda *args: None)
+        monkeypatch.setattr(cli, "_chapter", lambda *args: chapter)
+        call("reproduce", "rlcr", "--out", "run")
+        assert written == [Path("records/evidence/rlcr/quick")]
 
 
 class TestExecute:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlcr_suite.core.jobs import JobFailed, Job, here, journal, last_checkpoint, need_done, read_tables, run, start, write_table, write_tables
+from rlcr_suite.core.jobs import JobFailed, Job, NOTE, digest, here, journal, last_checkpoint, made_with, need_done, read_tables, run, start, write_table, write_tables
 
 MODULE = '''
 import os, time
@@ -29,6 +29,8 @@ class Step(Job):
     def done(self): return (self.dir/'result').exists()
     @property
     def label(self): return f'step {self.name}'
+    @property
+    def spec(self): return super().spec | dict(seconds=None) # how long it takes changes no result
     def work(self):
         for n in self.needs: (Path(self.root)/n/'result').read_text()
         with open(Path(self.root)/'begun', 'a') as f: f.write(f'{self.name} {os.getpid()} {os.environ["OMP_NUM_THREADS"]}\\n')
@@ -51,7 +53,9 @@ def Step(tmp_path, monkeypatch):
     return lambda name, **kw: stepping.Step(str(tmp_path/'run'), name, **kw)
 
 
-def begun(job): return [l.split() for l in (Path(job.root)/'begun').read_text().splitlines()]
+def begun(job): # the words of each line; none as long as the file is not there, or still empty
+    file = Path(job.root)/'begun'
+    return [l.split() for l in file.read_text().splitlines()] if file.exists() else []
 def alive(pid):
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
@@ -96,7 +100,7 @@ def test_failure_is_raised_after_the_others_have_finished_and_stops_later_stages
 def test_interrupt_ends_what_runs(Step):
     slow, next_ = Step('slow', seconds=60), Step('next')
     def watch(rows):
-        if (Path(slow.root)/'begun').exists(): raise KeyboardInterrupt
+        if begun(slow): raise KeyboardInterrupt
     t = time.monotonic()
     with pytest.raises(KeyboardInterrupt): run([[slow, next_]], workers=1, watch=watch)
     assert time.monotonic() - t < 30
@@ -110,7 +114,7 @@ def test_a_job_dies_with_its_parent(Step, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(tmp_path/'lib')!r}); from stepping import Step; from rlcr_suite.core.jobs import run; run([[Step({str(tmp_path/'run')!r}, 'orphan', seconds=60)]])"
     parent = subprocess.Popen([sys.executable, '-c', code])
     try:
-        until(lambda: (tmp_path/'run'/'begun').exists())
+        until(lambda: begun(job))
         pid = int(begun(job)[0][1])
         assert alive(pid)
     finally:
@@ -129,7 +133,7 @@ def test_two_processes_never_work_in_one_folder(Step):
 def test_a_killed_job_leaves_no_lock(Step):
     slow = Step('slow', seconds=60)
     p = start(slow)
-    until(lambda: (Path(slow.root)/'begun').exists())
+    until(lambda: begun(slow))
     p.kill(); p.join()
     quick = Step('slow') # the same folder
     here(quick)
@@ -169,6 +173,60 @@ def test_need_done(Step):
     here(a)
     need_done([a], 'x')
     with pytest.raises(ValueError, match='the experiment in x is not finished: step b'): need_done([a, b], 'x')
+
+
+def stamped(monkeypatch, **what):
+    "Let jobs of this process begin with another stamp"
+    from rlcr_suite.core import records
+    monkeypatch.setattr(records, 'stamp', lambda: dict(hardware='a machine', versions={'python': '3'}, commit='a'*40, date='2030-01-01') | what)
+
+
+def test_what_was_made_by_another_plan_is_refused(Step):
+    a, b = Step('a'), Step('b')
+    run([[a, b]])
+    changed = Step('a', needs=('b',))
+    for act in (lambda: run([[b, changed]]), lambda: made_with([b, changed])):
+        with pytest.raises(ValueError, match=r"step a: the plan is another.*needs was \[\], is \['b'\].*--fresh.*--out"): act()
+    assert len(begun(a)) == 2                               # nothing was done
+    assert digest([a, b]) == digest([b, a]) != digest([changed, b])
+    (a.dir/NOTE).unlink()
+    with pytest.raises(ValueError, match='does not say by which plan'): run([[a]])
+    half = Step('half', then='raise')
+    with pytest.raises(JobFailed): run([[half]])
+    with pytest.raises(ValueError, match='then was'): here(Step('half'))  # half-done work counts as well
+
+
+def test_the_stamp_is_that_of_the_beginning(Step, monkeypatch):
+    "Gathering on another day, with other code, changes nothing; going on with other code is told"
+    stamped(monkeypatch)
+    a, b, c = Step('a'), Step('b'), Step('c', then='raise')
+    here(a)
+    stamped(monkeypatch, date='2030-01-02')
+    here(b)
+    stamped(monkeypatch, commit='b'*40)
+    assert made_with([a, b]) == dict(hardware='a machine', versions={'python': '3'}, commit='a'*40, date='2030-01-01', digest=digest([a, b]))
+    here(a)
+    assert json.loads((a.dir/NOTE).read_text())['begun'][0]['commit'] == 'a'*40 and len(begun(a)) == 2   # done: not begun again
+    for commit in ('b', 'b', 'c'):
+        stamped(monkeypatch, commit=commit*40)
+        with pytest.raises(RuntimeError): here(c)
+    (c.dir/'result').touch()
+    both = made_with([a, c])
+    assert both['commit'] == 'a'*40 and [s['commit'][0] for s in both['begun']] == ['a', 'b', 'c']
+    stamped(monkeypatch, commit='d'*40 + '-dirty')
+    here(d := Step('d'))
+    assert made_with([a, d])['commit'] == 'd'*40 + '-dirty', 'one job of code that was not committed marks them all'
+
+
+def test_a_full_disk_leaves_the_old_table(tmp_path, monkeypatch):
+    t = pd.DataFrame(dict(x=[1.]))
+    write_tables(tmp_path, dict(t=t), dict(scale='old'))
+    def full(fd): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    before = {f: f.read_bytes() for f in tmp_path.iterdir()}
+    with pytest.raises(OSError, match='No space'): write_table(pd.DataFrame(dict(x=[2.])), tmp_path/'t.parquet')
+    with pytest.raises(OSError, match='No space'): write_tables(tmp_path, {}, dict(scale='new'))
+    assert {f: f.read_bytes() for f in tmp_path.iterdir()} == before
 
 
 def test_import_is_light():

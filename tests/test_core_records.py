@@ -257,21 +257,56 @@ def test_records_dir(tmp_path, monkeypatch):
     (root/'a'/'settings.ini').write_text('[DEFAULT]\nlib_name = another\n')  # another nbdev project inside is passed by
     monkeypatch.chdir(root/'a'/'b'); assert records_dir() == root/'records'
 
-def test_without_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.delenv('RLCR_SUITE_RECORDS', raising=False); monkeypatch.chdir(tmp_path)
-    package = tmp_path/'site'/'rlcr_suite'; package.mkdir(parents=True)
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    "The package as pip leaves it: no checkout around it, a ledger inside"
+    monkeypatch.delenv('RLCR_SUITE_RECORDS', raising=False)
+    package, here = tmp_path/'site'/'rlcr_suite', tmp_path/'here'
+    package.mkdir(parents=True); here.mkdir()
+    monkeypatch.chdir(here)
     monkeypatch.setattr(records.rlcr_suite, '__file__', str(package/'__init__.py'))
+    return package
+
+def test_without_a_checkout(installed):
     with pytest.raises(ValueError, match='RLCR_SUITE_RECORDS'): records_dir()
-    (package/'records').mkdir(); assert records_dir() == package/'records'
+    assert records_dir(new=True) == Path('records')            # known before anything is run
+    write('rlcr', [claim('packaged')], installed/'records'/'rlcr.json')
+    assert records_dir() == installed/'records' and [c.id for c in read('rlcr')] == ['packaged']
+    Path('records').mkdir()
+    Path('records/somebody_elses.json').write_text('[]')       # a folder of that name need not be a ledger
+    assert records_dir() == installed/'records'
+    write('rlcr', [claim('own')])                              # goes to the working folder, and is read from there
+    assert Path('records/rlcr.json').exists() and [c.id for c in read('rlcr')] == ['own'] and records_dir() == Path('records')
+    assert [c.id for c in read('rlcr', installed/'records'/'rlcr.json')] == ['packaged']
     assert checkout() is None and stamp()['commit'] is None
 
-def test_commit_of_a_checkout(tmp_path):
-    git = lambda *a: subprocess.run(['git', '-c', 'user.name=t', '-c', 'user.email=t@example.org', *a], cwd=tmp_path, check=True, capture_output=True)
+@pytest.fixture
+def git(tmp_path):
+    return lambda *a: subprocess.run(['git', '-c', 'user.name=t', '-c', 'user.email=t@example.org', *a], cwd=tmp_path, check=True, capture_output=True)
+
+def test_commit_of_a_checkout(tmp_path, git):
     assert records._git_commit(tmp_path) is None
     git('init', '-q'); assert records._git_commit(tmp_path) is None
-    (tmp_path/'f').write_text('1'); git('add', 'f'); git('commit', '-qm', 'x')
+    (tmp_path/'rlcr_suite').mkdir(); (tmp_path/'rlcr_suite'/'a.py').write_text('1'); (tmp_path/'page').write_text('1')
+    git('add', '.'); git('commit', '-qm', 'x')
     clean = records._git_commit(tmp_path); assert len(clean) == 40
-    (tmp_path/'f').write_text('2'); assert records._git_commit(tmp_path) == clean + '-dirty'
+    (tmp_path/'page').write_text('2'); assert records._git_commit(tmp_path) == clean, 'a page that was run again changes no number'
+    (tmp_path/'rlcr_suite'/'b.py').write_text('new'); assert records._git_commit(tmp_path) == clean + '-dirty'
+    (tmp_path/'rlcr_suite'/'b.py').unlink(); (tmp_path/'rlcr_suite'/'a.py').write_text('2'); assert records._git_commit(tmp_path) == clean + '-dirty'
+
+def test_the_checkouts_ledger_takes_only_committed_code(tmp_path, monkeypatch):
+    monkeypatch.delenv('RLCR_SUITE_RECORDS', raising=False); monkeypatch.chdir(tmp_path)
+    (tmp_path/'settings.ini').write_text('[DEFAULT]\nlib_name = rlcr_suite\n')
+    dirty = STAMP | dict(commit='a'*40 + '-dirty')
+    bad = claim().decide(Interval(-.2, -.3, -.1, 500, 3), stamp=dirty)
+    with pytest.raises(ValueError, match='aaaaaaa with changes.*not committed.*--fresh.*RLCR_SUITE_RECORDS'): write('rlcr', [bad])
+    assert not (tmp_path/'records').exists()
+    own = tmp_path/'elsewhere'/'rlcr.json'
+    write('rlcr', [bad], own); assert read('rlcr', own)[0].commit.endswith('-dirty')   # a ledger of one's own takes it, marked
+    (tmp_path/'records').mkdir(); (tmp_path/'records'/'rlcr.json').write_bytes(own.read_bytes())
+    assert read('rlcr') == [bad] and write('rlcr', [bad, claim('more')]) and len(read('rlcr')) == 2   # what is stored can be read, and is left alone
+    with pytest.raises(ValueError, match='not committed'): write('rlcr', [bad, claim('more').decide(Interval(1., .5, 2., 5), stamp=dirty)])
+    write('rlcr', [bad.decide(Interval(-.4, -.5, -.3, 500, 3), stamp=STAMP), claim('more')]); assert read('rlcr')[0].commit == STAMP['commit']
 
 # --- showing
 
@@ -284,6 +319,12 @@ def test_table_shows_every_claim_in_every_form():
     from rich.console import Console
     console = Console(width=200, record=True, file=open(os.devnull, 'w')); console.print(t)
     for shown in (str(t), console.export_text(), t._repr_markdown_()): assert 'no evidence yet' in shown and '-0.200 [-0.300, -0.100]' in shown.replace('\\', '') and '1e-05' in shown
+
+def test_summary():
+    speed = claim('fast', kind='speed')
+    assert table([decided(), decided(id='b')]).summary == '2 of 2 claims hold'
+    assert table([decided(), speed]).summary == '1 of 2 claims hold, 1 open (speed)'
+    assert table([decided(.1, -.1, .2), speed, claim()]).summary == '0 of 3 claims hold, 1 do not, 2 open'
 
 @pytest.mark.parametrize('width', [60, 80, 100, 132, 200])
 def test_no_width_of_a_terminal_hides_a_claim(width):

@@ -20,6 +20,22 @@ def problems(markdown:str, **context)->list[str]: return pandoc(markdown, Contex
 def written(*blocks)->BeautifulSoup: return render(Writer('x').blocks(list(blocks)))
 def text(element)->str: return element.get_text().replace('\u00a0', ' ').strip()
 
+def test_what_quarto_makes_is_checked_and_goes_where_it_was_asked_for(tmp_path, monkeypatch, capsys):
+    "With a stand-in for nbdev_docs, which writes to doc_path as the real one does"
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = spec_from_file_location('build_of_docs', DOCS/'build.py') # PyPI has a package of the name, too
+    spec.loader.exec_module(command := module_from_spec(spec))
+    root, out, program = tmp_path/'root', tmp_path/'out', tmp_path/'bin'/'nbdev_docs'
+    root.mkdir(); program.parent.mkdir()
+    shutil.copy(ROOT/'settings.ini', root/'settings.ini')
+    program.write_text(f'#!/bin/sh\nmkdir -p {root}/_docs && echo "<p id=a><a href=\'$HREF\'>x</a><p id=a><script src=https://example.org/x.js></script>" > {root}/_docs/index.html\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(command.sys, 'executable', str(program.parent/'python'))
+    monkeypatch.setenv('HREF', '#a')
+    assert command.quarto(root, out) == 0 and (out/'index.html').exists() and 'http.server' in capsys.readouterr().out
+    monkeypatch.setenv('HREF', 'none.html')
+    assert command.quarto(root, root/'_docs') == 1 and 'none.html leads nowhere' in capsys.readouterr().err
+
 # ---- quarto.lua ------------------------------------------------------------------------------------------------------
 def test_equations_are_numbered_in_order_and_referred_to():
     s = render('See @eq-b and [Eq. @eq-a], or [-@eq-b].\n\n$$ a $$ {#eq-a}\n\n$$\nb\n$$ {#eq-b}.\n\n$$ c $$\n')

@@ -165,7 +165,6 @@ def check_fla(T):
     compare([q, k, v, g, beta], lambda q, k, v, g, beta: kernel(chunk=16)(q, k, v, g, ones, beta), FORWARD, BACKWARD, flat)
 
 def test_equals_public_naive_functions(interpreted):
-    pytest.importorskip("fla")
     interpreted(check_fla, 20)
 
 # -------------------------------------------------------------------------------------------------------------- packed sequences
@@ -344,7 +343,7 @@ def test_decoding_past_the_levels(interpreted): interpreted(check_outgrown)
 # ---------------------------------------------------------------------------------------------------------------------- refusals
 
 def check_refusals():
-    from rlcr_suite.kernels.log_linear import log_linear_attention, log_linear_step, supports, why_not
+    from rlcr_suite.kernels.log_linear import log_linear_attention, log_linear_step, supports
     args = inputs(1, 20, 2, 4, 16, 16, 6, True)
     assert supports(*args[:3])
     def refused(words, f=log_linear_attention, *, change=(), **options):
@@ -367,7 +366,6 @@ def check_refusals():
     step = lambda *a, **kw: log_linear_step(kw.pop("state"), *a)
     refused("state must be float32", step, state=(state[0].double(), state[1]))
     refused("tokens seen", step, state=(state[0], torch.zeros(2, dtype=torch.int64)))
-    assert "log_linear_step" in why_not(*args[:3], initial_state=state)
     assert log_linear_attention(*(x[:, :0] for x in args)).shape == (1, 0, 4, 16)
 
 def test_refusals_say_why(interpreted): interpreted(check_refusals)
@@ -378,6 +376,41 @@ def test_a_cpu_without_the_interpreter_is_refused():
     from rlcr_suite.kernels.log_linear import supports, why_not
     args = inputs(1, 4, 1, 1, 16, 16, 3, False)[:3]
     assert not supports(*args) and "GPU" in why_not(*args)
+
+# ------------------------------------------------------------------------------------------------------------ the public operation
+
+def check_public(delta):
+    """`rlcr_suite.log_linear` on its Triton backend: scale, packed rows, a state returned and continued, single steps; and what the delta form refuses.
+    Against its torch backend, values and gradients"""
+    from functools import partial
+    from rlcr_suite.log_linear import LogLinearState, log_linear_attention, step
+    args = inputs(1, 24, 1, 2, 16, 16, 6, delta)
+    call = lambda *x, **kw: log_linear_attention(*x[:5], beta=x[5] if delta else None, **kw)
+    part = lambda a, b: [x[:, a:b] for x in args]
+    packed = dict(scale=.3, cu_seqlens=torch.tensor([0, 15, 15, 24]))
+    compare(args, partial(call, backend="triton", **packed), FORWARD, BACKWARD, partial(call, backend="torch", **packed))
+    def cut(*x, backend): # continued where the tree has to be cut in several pieces
+        y, S = call(*(z[:, :13] for z in x), return_state=True, backend=backend)
+        return torch.cat([y, call(*(z[:, 13:] for z in x), initial_state=S, backend=backend)], 1)
+    if delta:
+        with pytest.raises(ValueError, match="state without gradients"): call(*(x.requires_grad_() for x in part(0, 13)), return_state=True, backend="triton")
+        with torch.no_grad(), pytest.raises(ValueError, match="cannot continue a state"): cut(*args, backend="triton")
+    else: compare(args, partial(cut, backend="triton"), FORWARD, BACKWARD, partial(cut, backend="torch"))
+    with torch.no_grad():
+        (o, S), (want, S2) = (call(*part(0, 13), return_state=True, backend=b, scale=.3) for b in ("triton", "torch"))
+        _, P = call(*args, return_state=True, backend="triton", cu_seqlens=packed["cu_seqlens"])
+    assert relative(o, want) <= FORWARD and relative(S.S, S2.S) <= FORWARD and S.t.tolist() == [13] and P.t.tolist() == [15, 0, 9]
+    # a step by the kernel, as on a GPU
+    from rlcr_suite.kernels.log_linear import log_linear_step
+    one = lambda: step(LogLinearState(*S), *(x[:, 13] for x in args[:5]), beta=args[5][:, 13] if delta else None, scale=.3)
+    want, T = one()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(step.__globals__, "_step_kernel", lambda *x: log_linear_step)
+        o, new = one()
+    assert not torch.equal(o, want) and relative(o, want) <= FORWARD and relative(new.S, T.S) <= FORWARD and new.t.tolist() == [14]
+
+@pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
+def test_the_public_operation(interpreted, delta): interpreted(check_public, delta)
 
 # --------------------------------------------------------------------------------------------------------------------- with a GPU
 

@@ -64,10 +64,11 @@ def test_definition_at_every_length(backend, scale_gate):
 
 @pytest.mark.parametrize("T,HQ,H,D", ((1, 2, 2, 16), (64, 2, 2, 64), (100, 4, 2, 32), (200, 2, 1, 64)))
 def test_public_implementation(T, HQ, H, D):
-    "flash-linear-attention's naive function, which shares no line with this suite: output and every gradient in float32"
+    "flash-linear-attention's naive function, which shares no line with this suite: output and every gradient in float32. Where Triton can be had, its absence is a failure"
+    pytest.importorskip("triton")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        naive = pytest.importorskip("fla.ops.path_attn.naive").naive_path_attn
+        from fla.ops.path_attn.naive import naive_path_attn as naive
     x = inputs(2, T, HQ, H, D, dtype=torch.float32)
     want = gradients(lambda x: naive(*x, D**-.5), x)
     got = gradients(lambda x: call(x, scale_gate=True), x)
@@ -333,9 +334,14 @@ def test_decoding_is_the_parallel_form(gate, transforms, window):
         torch.testing.assert_close(decode(PathCache(window, scale=.9), x, splits), want, rtol=0, atol=1e-12)
 
 def test_decoding_after_5000_tokens():
-    "float32, every token decoded: relative to the largest output"
-    x = inputs(1, 5000, 2, 1, 8, dtype=torch.float32)
+    "float32, every token decoded: relative to the largest output. No gate and nearly pure reflections: the first keys count as much as the last"
+    x = inputs(1, 5000, 2, 1, 8, gate=False)
+    x[4] = 1.9 + .05*x[4]
+    x = [y if y is None else y.float() for y in x]
     got, want = decode(PathCache(), x), call(x)
+    y = [z if z is None else z.clone() for z in x]
+    y[2][:, :1000] = 0
+    assert relative(call(y)[:, -100:], want[:, -100:]) > .1                # and what the first thousand hold is seen
     assert (got - want).abs().max() <= 1e-5*want.abs().max()
 
 def test_bfloat16_decoding_does_not_drift():
@@ -414,3 +420,30 @@ def test_cache_errors():
     with pytest.raises(ValueError, match="one token"): cache.step(*x)
     with pytest.raises(ValueError, match="begun with a gate"): cache.step(*part(x[:5], slice(0, 1)))
     with pytest.raises(ValueError, match="cache holds"): cache.step(*part(inputs(2, 1, 2, 1, 3), slice(0, 1)))
+    with pytest.raises(ValueError, match="backend must be one of auto, naive, torch, triton; got 'flash'"): PathCache(backend="flash")
+    with pytest.raises(ValueError, match="256"): PathCache().step(*inputs(1, 1, 1, 1, 257))
+    y = inputs(1, 1, 2, 1, 3)
+    with pytest.raises(ValueError, match="one floating-point type"): PathCache().step(y[0].float(), *y[1:])
+
+class OnGPU(torch.Tensor):
+    "A tensor that says it is on a GPU"
+    is_cuda = True
+
+def test_what_decodes(monkeypatch):
+    "`auto` asks the kernels only for a cache on a GPU, and does without them where Triton is not installed"
+    x, asked = part(inputs(1, 1, 2, 1, 3), slice(0, 1)), []
+    cache = PathCache()
+    cache.step(*x)
+    there = cache.state._replace(k=cache.state.k.as_subclass(OnGPU))
+    class Kernels:
+        @staticmethod
+        def supports_decode(k, v):
+            asked.append((k, v))
+            return len(asked) == 1
+    def missing(): raise ImportError("no triton")
+    plain, by_kernel = cache_module._attend, cache_module._attend_by_kernel
+    monkeypatch.setattr(cache_module, "_kernels", Kernels)
+    found = [cache_module._attend_for(s, b) for s, b in ((cache.state, "auto"), (there, "auto"), (there, "auto"), (there, "torch"), (there, "naive"), (cache.state, "triton"))]
+    assert found == [plain, by_kernel, plain, plain, plain, by_kernel] and len(asked) == 2
+    monkeypatch.setattr(cache_module, "_kernels", missing)
+    assert cache_module._attend_for(there, "auto") is plain

@@ -90,6 +90,34 @@ def test_a_notebook_opens_with_its_title(path):
     prose = next(''.join(c['source']) for c in cells(path) if c['cell_type'] == 'markdown')
     assert re.match(r'# \S.*\n+> \S', prose), prose[:200]
 
+@each_notebook
+def test_a_notebook_runs_on_colab(path):
+    "By one cell below its title; `python docs/colab.py` puts it there"
+    sys.path.append(str(ROOT/'docs'))
+    try: from colab import ID, source, with_cell
+    finally: sys.path.remove(str(ROOT/'docs'))
+    text = path.read_text(encoding='utf-8')
+    assert with_cell(text, settings()['git_url']) == text
+    first = next(i for i, c in enumerate(cells(path)) if c['cell_type'] == 'code' and not ''.join(c['source']).startswith('#| default_exp'))
+    assert cells(path)[first]['id'] == ID and cells(path)[first]['outputs'] == []
+    directives = source('x').splitlines()[:2]
+    assert directives == ['#| hide', '#| eval: false'], 'it is not on the site, and not run by the tests'
+
+def test_the_colab_cell_acts_on_colab_alone(tmp_path):
+    "Its command in a shell, with stand-ins for git and pip"
+    sys.path.append(str(ROOT/'docs'))
+    try: from colab import source
+    finally: sys.path.remove(str(ROOT/'docs'))
+    line = source('https://example.org/x').splitlines()[-1]
+    assert line.startswith('! ') and 'import' not in source('x'), 'pages are made by running the cells that hold an import'
+    (tmp_path/'bin').mkdir(); (tmp_path/'here').mkdir()
+    for tool in ('git', 'pip', 'cp'):
+        (tmp_path/'bin'/tool).write_text(f'#!/bin/sh\necho {tool} "$@" >> {tmp_path}/called\n'); (tmp_path/'bin'/tool).chmod(0o755)
+    env = dict(PATH=f"{tmp_path}/bin:{os.environ['PATH']}", COLAB_RELEASE_TAG='')
+    assert run('sh', '-c', line[2:], cwd=tmp_path/'here', env=env) == '' and not (tmp_path/'called').exists()
+    run('sh', '-c', line[2:], cwd=tmp_path/'here', env=env | dict(COLAB_RELEASE_TAG='release'))
+    assert [l.split()[0] for l in (tmp_path/'called').read_text().splitlines()] == ['git', 'cp', 'pip']
+
 def sources()->list[tuple[str, str]]:
     "All Python that people wrote: modules, tests, scripts and the code cells of notebooks"
     files = [(name(p), p.read_text(encoding='utf-8')) for p in tracked() if p.suffix == '.py' and 'fixtures' not in p.parts]
@@ -107,7 +135,7 @@ def test_nothing_imports_a_top_level_kernels():
     assert [f for f, text in sources() if wrong.search(text)] == []
     assert not (ROOT/'kernels'/'__init__.py').exists()
 
-@pytest.mark.parametrize('link, target', [('nbs/_quarto.yml', '../_quarto.yml'), ('rlcr_suite/kernels', '../kernels')])
+@pytest.mark.parametrize('link, target', [('nbs/_quarto.yml', '../_quarto.yml'), ('rlcr_suite/kernels', '../kernels'), ('rlcr_suite/records', '../records')])
 def test_links(link, target):
     assert (ROOT/link).is_symlink() and os.readlink(ROOT/link) == target and (ROOT/link).exists()
 
@@ -209,7 +237,8 @@ def archives(checkout, tmp_path_factory)->tuple[Path, Path, Path]:
 
 def test_sdist(archives):
     with tarfile.open(archives[0]) as t: files = {n.split('/', 1)[1] for n in t.getnames() if '/' in n}
-    assert {'settings.ini', 'setup.py', 'README.md', 'LICENSE', 'rlcr_suite/py.typed', 'rlcr_suite/kernels/probe.py'} <= files
+    assert {'settings.ini', 'setup.py', 'README.md', 'LICENSE', 'rlcr_suite/py.typed', 'rlcr_suite/kernels/probe.py', 'rlcr_suite/records/rlcr.json'} <= files
+    assert not [f for f in files if 'evidence' in f]
 
 def test_wheel(archives):
     with zipfile.ZipFile(archives[1]) as z: files = {n: z.read(n) for n in z.namelist()}
@@ -219,6 +248,8 @@ def test_wheel(archives):
     assert tops == {'rlcr_suite'}, 'nothing else may stand at the top of site-packages'
     stored = {f'rlcr_suite/{p.relative_to(PACKAGE).as_posix()}': p.read_bytes() for p in PACKAGE.rglob('*.py')}
     assert stored.items() <= files.items() and 'rlcr_suite/py.typed' in files and 'rlcr_suite/kernels/probe.py' in files
+    ledger = {f'rlcr_suite/records/{p.name}': p.read_bytes() for p in (ROOT/'records').glob('*.json')}
+    assert {n: b for n, b in files.items() if n.startswith('rlcr_suite/records/')} == ledger, 'the claims come along, the evidence does not'
 
 def test_metadata(archives):
     with zipfile.ZipFile(archives[1]) as z:
@@ -249,6 +280,16 @@ def import_all(installed:Path, home:Path, elsewhere:Path)->None:
 def test_every_module_imports_from_the_wheel(archives, tmp_path):
     run(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', tmp_path/'site', archives[1], cwd=tmp_path)
     import_all(tmp_path/'site', tmp_path/'site', tmp_path)
+
+def test_the_ledger_can_be_read_from_the_wheel(archives, tmp_path):
+    "`rlcr-suite claims` where there is no checkout shows what came with the package; what is run there goes to the working folder"
+    run(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', tmp_path/'site', archives[1], cwd=tmp_path)
+    (tmp_path/'here').mkdir()
+    code = f"import sys; sys.path[:0] = [{str(tmp_path/'site')!r}]; sys.path.append({str(Path(pytest.__file__).parents[1])!r})\n"
+    said = json.loads(run(sys.executable, '-S', '-c', code + "from rlcr_suite.cli import app; app(['claims', '--json'])", cwd=tmp_path/'here'))
+    assert said == {p.stem: json.loads(p.read_text(encoding='utf-8'))['claims'] for p in (ROOT/'records').glob('*.json')}
+    where = "from rlcr_suite.core.records import records_dir; print(records_dir(new=True).resolve(), records_dir().resolve())"
+    assert run(sys.executable, '-S', '-c', code + where, cwd=tmp_path/'here').split() == [str((tmp_path/p).resolve()) for p in ('here/records', 'site/rlcr_suite/records')]
 
 def test_every_module_imports_from_an_editable_install(checkout, tmp_path):
     run(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--no-build-isolation', '--ignore-installed',
@@ -309,6 +350,44 @@ def test_records_obey_the_schema():
     assert 'rlcr' in [p.stem for p in found] and {p.stem for p in found} <= set(PAPERS)
     for p in found: check(p)
 
+def test_evidence_is_of_todays_plans():
+    "A plan that was changed has to be run again. Evidence from before plans were noted says nothing of them"
+    from rlcr_suite.core.jobs import digest
+    stale = []
+    for p in sorted((ROOT/'records'/'evidence').glob('*/*/about.json')):
+        paper, scale = p.parts[-3:-1]
+        if told := json.loads(p.read_text(encoding='utf-8')).get('digest'):
+            if told != digest(importlib.import_module(f'rlcr_suite.{paper}.experiment').jobs(scale, '.')): stale.append(f'{paper}, {scale}')
+    assert stale == [], 'rlcr-suite reproduce PAPER --scale SCALE --fresh'
+
+def chapters()->list[list[str]]:
+    "The table of chapters in the README: number, title, folder, package, status"
+    lines = re.findall(r'^\| \d+ \|.*\|$', (ROOT/'README.md').read_text(encoding='utf-8'), re.M)
+    return [[c.strip() for c in l.strip('|').split('|')] for l in lines]
+
+def test_the_readme_says_what_the_ledger_says(tmp_path):
+    "`rlcr-suite reproduce` writes it; after a record was written otherwise, `python -c \"from rlcr_suite.cli import update_readme; update_readme('README.md')\"`"
+    from rlcr_suite.cli import PAPERS as RUN, update_readme
+    from rlcr_suite.core.records import read, table
+    rows = chapters()
+    assert [r[0] for r in rows] == [str(i + 1) for i in range(12)]
+    here = {r[3].strip('`').removeprefix('rlcr_suite.'): r for r in rows if r[4] != 'planned'}
+    assert set(here) == set(RUN) == {p.stem for p in (ROOT/'records').glob('*.json')}
+    index = json.dumps(cells(ROOT/'nbs'/'index.ipynb'), ensure_ascii=False)
+    for paper, row in here.items():
+        summary = table(read(paper, ROOT/'records'/f'{paper}.json')).summary
+        assert row[4] == summary and (ROOT/row[2].partition('(')[2].rstrip(')')).is_dir()
+        assert f'| {summary} |' in index, f'nbs/index.ipynb is older than the record of {paper}: run it again'
+    words = 'zero one two three four five six seven eight nine ten eleven twelve'.split()
+    said = f'{words[len(here)]} of {words[len(rows)]}'
+    for f in ('README.md', 'settings.ini', 'CITATION.cff', '_quarto.yml'): assert said in (ROOT/f).read_text(encoding='utf-8').lower(), f
+    copy = tmp_path/'README.md'
+    copy.write_text('| 1 | x | y | `rlcr_suite.rlcr` | 99 of 99 claims hold |\n| 2 | x | planned | | planned |\n')
+    from unittest import mock
+    with mock.patch.dict(os.environ, RLCR_SUITE_RECORDS=str(ROOT/'records')):
+        assert update_readme(copy) and not update_readme(copy)
+    assert here['rlcr'][4] in copy.read_text() and copy.read_text().endswith('| 2 | x | planned | | planned |\n')
+
 def spreads(x:object)->list[dict]:
     "Every repeated timing in a result, however deep"
     if isinstance(x, dict) and {'median', 'low', 'high'} <= x.keys(): return [x]
@@ -324,10 +403,10 @@ def test_benchmarks_run(script, tmp_path):
 
 def test_continuous_integration_calls_what_the_readme_says():
     steps = [l for l in (ROOT/'.ci'/'run').read_text().splitlines() if l and not l.startswith(('#', 'set ', 'cd '))]
-    assert steps == ['make test'] and os.access(ROOT/'.ci'/'run', os.X_OK)
+    assert steps == ['export CI=true', 'make test'] and os.access(ROOT/'.ci'/'run', os.X_OK)
     assert 'make test' in (ROOT/'README.md').read_text() and 'make reproduce' in (ROOT/'README.md').read_text()
 
-@pytest.mark.parametrize('target', ['reproduce', 'test', 'site', 'bench', 'help', 'clean'])
+@pytest.mark.parametrize('target', ['reproduce', 'test', 'site', 'serve', 'bench', 'help', 'clean'])
 def test_make_knows_its_targets(target):
     if not shutil.which('make'): pytest.skip('make is not installed')
     run('make', '--dry-run', target, cwd=ROOT)

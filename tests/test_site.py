@@ -221,6 +221,12 @@ def test_every_page_fits_and_stands_out(visit, address, site):
             grounds.add((scheme, tab.evaluate(GROUND)))
     assert grounds == {('light', LIGHT), ('dark', DARK)}
 
+def test_every_width_holds_the_bar_at_the_top(visit):
+    tab = visit()
+    for width in range(320, 1500, 60):
+        tab.set_viewport_size({'width': width, 'height': 800})
+        assert tab.evaluate(OVERFLOW) == [], width
+
 def test_a_wrong_address_leads_home(browser, address):
     tab = browser.new_page()
     response = tab.goto(address + 'no/such/page.html')

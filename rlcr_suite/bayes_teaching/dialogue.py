@@ -79,8 +79,9 @@ class Talk:
                  world: World, # what is chosen
                  style: str = 'sentence', # or "terse"
                  stated: np.ndarray | None = None, # (F,) tastes that the user gives away
+                 known: World | None = None, # whose features the user speaks of at the beginning; those of `world` by default
                 ):
-        self.world, self.style, self.messages, self.said_next = world, style, [], opening(world, style, stated)
+        self.world, self.style, self.messages, self.said_next = world, style, [], opening(known or world, style, stated)
 
     def _open(self, text: str) -> list[dict]: # messages
         return [*self.messages, {'role': 'user', 'content': f'{self.said_next}\n{text}' if self.style == 'terse' else f'{self.said_next}\n\n{text}'}]
@@ -201,9 +202,9 @@ def _common(rows: Sequence[Sequence[int]]) -> int:
 def _next_token(chat: LocalChat, groups: list[list[list[int]]], ids: list[int]) -> list[np.ndarray]:
     "Log-probability of tokens `ids` after every row; rows of a group are run from their common beginning"
     import torch
-    from rlcr_suite.core.lm import _last, _pad_id, left_pad
+    from rlcr_suite.core.lm import last_logits, left_pad, pad_id
     G, device = max(map(len, groups)), chat.model.device
-    last, pad = _last(chat.model, 1), _pad_id(chat.tok)              # logits of a long text are large
+    last, pad = last_logits(chat.model, 1), pad_id(chat.tok)              # logits of a long text are large
     cut = [_common(g) for g in groups]
     if min(cut) == 0: raise ValueError('rows of a group have no common beginning')
     x, mask, pos = (t.to(device) for t in left_pad([g[0][:c] for g, c in zip(groups, cut)], pad))

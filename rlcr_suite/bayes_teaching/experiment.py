@@ -7,7 +7,7 @@ __all__ = ['ARMS', 'LABELS', 'WORLDS', 'ROUNDS', 'TEST_SEED', 'SCALES', 'TABLES'
            'of_users', 'jobs', 'run', 'Evidence', 'collect', 'write_evidence', 'read_evidence']
 
 # %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #d6ad6015
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import math
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ARMS = ('untaught', *TEACHERS)
 LABELS = {'untaught': 'untaught', 'oracle': 'taught by the oracle', 'bayes': 'taught by Bayes', 'assistant': 'the Assistant'}
 WORLDS = {'flight-4': FlightWorld(), **{f'flight-{n}': FlightWorld(n) for n in (2, 3, 5, 6, 8)}, 'hotel': HotelWorld(), 'shop': ShopWorld('kettle')}
-ROUNDS, TEST_SEED = 5, 77_001
+ROUNDS, TEST_SEED = 5, 77_003
 
 @dataclass(frozen=True)
 class Scale:
@@ -41,10 +41,15 @@ class Scale:
     worlds: tuple[str, ...] # keys of `WORLDS`
     size: dict # arguments of `newborn`, beside its own
 
-_TEACH = dict(batch=32, lr=1e-3, warmup_steps=10)
-SCALES = {'quick': Scale((0, 1, 2), (512, 2048), 1, LESSONS, _TEACH | dict(steps=64), (72, 32), (12, 8), ('flight-4', 'flight-2', 'flight-3', 'flight-5', 'hotel'), {}),
-          'full': Scale((0, 1, 2), (256, 1024, 4096), 3, tuple(replace(l, steps=2*l.steps) if l.features[1] > 2 else l for l in LESSONS), _TEACH | dict(steps=192), (120, 56), (20, 10), tuple(WORLDS), {}),
-          'test': Scale((0, 1), (16, 32), 1, (Lesson((1, 2), (1, 1), 8, 4), Lesson((2, 4), (2, 3), 4, 2)), dict(batch=8, lr=1e-3, steps=2, warmup_steps=1), (4, 3), (3, 2), tuple(WORLDS), dict(hidden_size=16, layers=1, heads=2, intermediate_size=32))}
+_TEACH = dict(batch=16, lr=1e-3, warmup_steps=10)
+_LONGER = tuple(replace(l, steps=2*l.steps) for l in LESSONS)
+SCALES = {
+    'quick': Scale(seeds=(0, 1, 2), chats=(256, 1024), schools=2, lessons=LESSONS, teaching=_TEACH | dict(steps=128), users=(120, 40), held=(12, 8),
+                   worlds=('flight-4', 'flight-2', 'flight-3', 'flight-5', 'hotel'), size={}),
+    'full': Scale(seeds=(0, 1, 2), chats=(256, 1024, 4096), schools=3, lessons=_LONGER, teaching=_TEACH | dict(steps=384), users=(160, 60), held=(20, 10), worlds=tuple(WORLDS), size={}),
+    'test': Scale(seeds=(0, 1), chats=(16, 32), schools=1, lessons=(Lesson((1, 2), (1, 1), 8, 4), Lesson((2, 4), (2, 3), 4, 2, ends=True)), teaching=dict(batch=8, lr=1e-3, steps=2, warmup_steps=1),
+                  users=(4, 3), held=(3, 2), worlds=tuple(WORLDS), size=dict(hidden_size=16, layers=1, heads=2, intermediate_size=32))}
+
 
 # %% ../../nbs/07_bayes_teaching/09_experiment.ipynb #edf7311e
 @dataclass(frozen=True)
@@ -67,6 +72,10 @@ class Trial(core.Job):
     def done(self)->bool: return (self.model if self.arm == 'school' else self.dir/'scores.parquet').exists()
     @property
     def label(self)->str: return LABELS.get(self.arm, self.arm) + (f', {self.chats} conversations' if self.chats else '') + f', seed {self.seed}'
+    @property
+    def spec(self)->dict: # what its scale stands for, too
+        plan = {k: v for k, v in asdict(SCALES[self.scale]).items() if k != 'seeds'}
+        return super().spec | dict(plan=plan, rounds=ROUNDS, test_seed=TEST_SEED)
     def work(self)->None: _work(self)
     def progress(self)->dict[str, float]:
         s = SCALES[self.scale]
@@ -193,9 +202,8 @@ def collect(scale:str, # a key of `SCALES`
             root:str|Path, # folder of a finished experiment
             seconds:float|None=None, # what `run` took, if it was measured in one go
            )->Evidence:
-    "Gather what the jobs left. Raises `ValueError` if one is not done"
+    "Gather what the jobs left. Raises `ValueError` if one is not done, or was made by another plan"
     import pandas as pd
-    from rlcr_suite.core.records import stamp
     todo = jobs(scale, root)
     core.need_done(todo, root)
     read = lambda name: pd.concat([pd.read_parquet(j.dir/f'{name}.parquet') for j in todo if (j.dir/f'{name}.parquet').exists()], ignore_index=True)
@@ -204,7 +212,7 @@ def collect(scale:str, # a key of `SCALES`
     tables = dict(scores=read('scores'), users=read('users'), curves=curves)
     for t in tables.values():
         for c in {'arm', 'world'} & {*t}: t[c] = t[c].astype('category')
-    return Evidence(**tables, about=dict(scale=scale, seconds=seconds) | stamp())
+    return Evidence(**tables, about=dict(scale=scale, seconds=seconds) | core.made_with(todo))
 
 def write_evidence(e:Evidence, # from `collect`
                    path:str|Path, # folder

@@ -94,9 +94,11 @@ class World:
 
     def sample_users(self, n: int, # how many
                      seed: int = 0) -> np.ndarray: # (n, F)
-        "Users drawn without replacement, with it where more are asked for than there are."
-        everyone = self.users()
-        return everyone[stream(seed, 'users').choice(len(everyone), n, replace=n > len(everyone))]
+        "Users drawn as evenly as their number allows: nobody twice before everybody once."
+        everyone, rng = self.users(), stream(seed, 'users')
+        all_, rest = divmod(n, len(everyone))
+        drawn = rng.choice(len(everyone), rest, replace=False)
+        return everyone[rng.permutation(np.concatenate([np.tile(np.arange(len(everyone)), all_), drawn])) if all_ else drawn]
 
     def sets(self, n: int, # how many
              seed: int = 0) -> np.ndarray: # (n, 3, F) levels

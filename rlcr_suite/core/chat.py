@@ -10,7 +10,6 @@ __all__ = ['FENCE', 'MAX_STARTS', 'FORM', 'NO_LOGPROBS', 'Chat', 'ChatError', 'p
 import asyncio, hashlib, json, os, random, re, secrets, sys, threading, time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,15 +17,25 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from fastcore.basics import patch
-from .data import is_messages, jsonl_append, jsonl_read
+from .data import is_messages, jsonl_append, jsonl_read, locked
 
 # %% ../../nbs/00_core/07_chat.ipynb #2210af8e
 @runtime_checkable
 class Chat(Protocol):
-    "What the suite asks of a language model; `messages` are `{\"role\": ..., \"content\": ...}`, the last one the user's."
-    def generate(self, messages: list[dict], n: int = 1, max_tokens: int = 256, temperature: float = 1.0,
-                 seed: int | None = None, stop: str | Sequence[str] | None = None) -> list[str]: ...
-    def logprobs(self, messages: list[dict], options: Sequence[str]) -> np.ndarray: ...
+    """What the suite asks of a language model. Whatever has these two methods is one: there is nothing to inherit from. Both raise `ValueError` for what is
+    not a conversation, and `ChatError` where the model could not be asked."""
+    def generate(self, messages: list[dict], # `{"role": ..., "content": ...}`, the last one the user's
+                 n: int = 1, # continuations wanted
+                 max_tokens: int = 256, # longest continuation, in tokens
+                 temperature: float = 1.0, # 0 takes the likeliest token
+                 seed: int | None = None, # two calls with the same one agree, as far as the model can promise; None: fresh each time
+                 stop: str | Sequence[str] | None = None, # a continuation ends before the first of these texts
+                ) -> list[str]: # `n` texts
+        "Continue a conversation."
+    def logprobs(self, messages: list[dict], # as for `generate`
+                 options: Sequence[str], # non-empty texts
+                ) -> np.ndarray: # (options,) natural logarithms, not normalised over the options
+        "Log-probability of each option as the beginning of the reply. Raises `ChatError` where a server does not tell it."
 
 class ChatError(RuntimeError):
     "A model that could not be asked, or would not answer as it should. `finished` holds what was done before, by index."
@@ -479,7 +488,7 @@ def map_jsonl(items: Iterable, # what to evaluate
     items = list(items)
     keys = [key(x) for x in items]
     if len(set(keys)) < len(keys): raise ValueError(f"{len(keys)} items but {len(set(keys))} keys: give a `key` that tells items apart")
-    with _locked(path):
+    with locked(path, wait=False):
         have = {row["key"] for row in jsonl_read(path)}
         _run([(k, x) for k, x in zip(keys, items) if k not in have], fn, path, concurrency, progress)
         value = {row["key"]: row["value"] for row in jsonl_read(path)}
@@ -503,14 +512,3 @@ def _bar(it: Iterable, total: int, show: bool) -> Iterable:
     if not show: return it
     from fastprogress import progress_bar
     return progress_bar(it, total=total, leave=False)
-
-@contextmanager
-def _locked(path: str | Path):
-    "Hold a file for this process; the system lets go of it even if the process is killed"
-    try: import fcntl
-    except ImportError: fcntl = None                  # no such locks on Windows
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as f:
-        try: fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e: raise ValueError(f"another process is writing to {path}") from e
-        yield

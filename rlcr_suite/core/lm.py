@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'ROLES', 'CHAT_TEMPLATE', 'word_tokenizer', 'byte_tokenizer', 'tiny_lm', 'num_parameters', 'left_pad', 'pick',
-           'prompt_ids', 'generate', 'sequence_logprobs', 'save', 'load']
+           'pad_id', 'last_logits', 'evaluating', 'prompt_ids', 'generate', 'sequence_logprobs', 'token_logprobs',
+           'save', 'load']
 
 # %% ../../nbs/00_core/06_lm.ipynb #3e7fcc00
 import inspect, os, shutil, tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -129,22 +130,26 @@ def _end_ids(model, tok) -> list[int]:
     ids = ids if isinstance(ids, (list, tuple)) else [ids]
     return sorted({i for i in (*ids, tok.eos_token_id) if i is not None})
 
-def _pad_id(tok) -> int:
-    "The padding token; any id will do where there is none, since padding is masked"
-    return next((i for i in (tok.pad_token_id, tok.eos_token_id) if i is not None), 0)
-
-def _last(model, k: int) -> dict:
-    "The argument that asks for the last `k` positions' logits only, where the model has it"
-    return {"logits_to_keep": k} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-
 def _forward(model, x, mask, pos, cache=None):
     "One cached step; only the logits of the last position where the model can do so"
-    keep = _last(model, 1) if cache is None else {}
+    keep = last_logits(model, 1) if cache is None else {}
     return model(input_ids=x, attention_mask=mask, position_ids=pos, past_key_values=cache, use_cache=True, **keep)
 
+# %% ../../nbs/00_core/06_lm.ipynb #6f1d90c2
+def pad_id(tok: PreTrainedTokenizerBase, # any
+          ) -> int: # the end token where there is no padding token, 0 where there is neither: padding is masked
+    "The token to pad with."
+    return next((i for i in (tok.pad_token_id, tok.eos_token_id) if i is not None), 0)
+
+def last_logits(model: PreTrainedModel, # any
+                k: int, # positions
+               ) -> dict[str, int]: # for the model's call; empty where it does not know the argument, and all positions come
+    "The argument that asks for the logits of the last `k` positions only: those of a long text are large."
+    return {"logits_to_keep": k} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
 @contextmanager
-def _evaluating(model):
-    "No gradients and no dropout inside; the model's mode is restored after"
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    "No gradients and no dropout inside; the model's mode is restored after."
     was = model.training
     model.eval()
     try:
@@ -225,12 +230,12 @@ def generate(model: PreTrainedModel, # any causal language model with a key-valu
     toks = torch.full(u.shape, -1)
     order, k = sorted(range(len(ids)), key=lambda i: len(ids[i])), min(n, batch_size)    # alike lengths: little padding
     per = max(1, batch_size // n)
-    with _evaluating(model):
+    with evaluating(model):
         for a in range(0, len(ids), per):
             rows = order[a:a + per]
             for b in range(0, n, k):
                 ub = u[rows, b:b + k]
-                out = _sample(model, [ids[i] for i in rows], ub.shape[1], ub.flatten(0, 1), temperature, _end_ids(model, tok), _pad_id(tok))
+                out = _sample(model, [ids[i] for i in rows], ub.shape[1], ub.flatten(0, 1), temperature, _end_ids(model, tok), pad_id(tok))
                 toks[rows, b:b + k] = out.cpu().unflatten(0, ub.shape[:2])
     texts = tok.batch_decode([s[s >= 0].tolist() for s in toks.flatten(0, 1)], skip_special_tokens=True)
     return [texts[i:i + n] for i in range(0, len(texts), n)]
@@ -250,17 +255,21 @@ def sequence_logprobs(model: PreTrainedModel, # any causal language model
     if not ids: return []
     _check_room(model, [a + y for a, y in zip(ids, ys)], 0)
     order, res = sorted(range(len(ids)), key=lambda i: len(ids[i]) + len(ys[i])), [None]*len(ids)
-    with _evaluating(model):
+    with evaluating(model):
         for a in range(0, len(order), batch_size):
             rows = order[a:a + batch_size]
-            for i, lp in zip(rows, _token_logprobs(model, [ids[i] for i in rows], [ys[i] for i in rows], _pad_id(tok))): res[i] = lp
+            for i, lp in zip(rows, token_logprobs(model, [ids[i] for i in rows], [ys[i] for i in rows], pad_id(tok))): res[i] = lp
     return res
 
-def _token_logprobs(model, xs: list[list[int]], ys: list[list[int]], pad: int) -> list[np.ndarray]:
-    "Log-probabilities of each `y` after its `x`; all `y` end in the last column, so only the last columns need logits"
+def token_logprobs(model: PreTrainedModel, # in evaluation mode
+                   xs: list[list[int]], # prompts, none of them empty
+                   ys: list[list[int]], # what follows each
+                   pad: int, # from `pad_id`
+                  ) -> list[np.ndarray]: # float32, one for each token of each `y`
+    "Log-probabilities of each `y` after its `x`, in one batch; all `y` end in the last column, so only the last columns need logits."
     seq, mask, pos = (t.to(model.device) for t in left_pad([x + y for x, y in zip(xs, ys)], pad))
     K = max(map(len, ys))
-    logits = model(input_ids=seq, attention_mask=mask, position_ids=pos, use_cache=False, **_last(model, K + 1)).logits[:, -K - 1:-1]
+    logits = model(input_ids=seq, attention_mask=mask, position_ids=pos, use_cache=False, **last_logits(model, K + 1)).logits[:, -K - 1:-1]
     lp = torch.log_softmax(logits.float(), -1).gather(-1, seq[:, seq.shape[1] - K:, None])[..., 0].cpu().numpy()
     return [row[K - len(y):] for row, y in zip(lp, ys)]
 

@@ -60,12 +60,12 @@ def machine() -> dict[str, Any]: # arguments of a trainer's configuration
 def _trainer(trl): # the class
     """TRL's `SFTTrainer`. Away from GPUs TRL scores every position; here one process scores those at which something is learned, which are few where answers are short"""
     import torch.nn.functional as F
-    from rlcr_suite.core.lm import _last
+    from rlcr_suite.core.lm import last_logits
     class Trainer(trl.SFTTrainer):
         def _plain(self, inputs)->bool: # nothing is asked for but the mean over learned tokens
             a = self.args
             return (self.model.training and a.device.type == 'cpu' and a.world_size == 1 and a.loss_type == 'nll' and not (self.compute_loss_func or self.label_smoother or self.aux_loss_enabled)
-                    and {*inputs} <= {'input_ids', 'attention_mask', 'labels', 'use_cache'} and bool(_last(self.model, 1)))
+                    and {*inputs} <= {'input_ids', 'attention_mask', 'labels', 'use_cache'} and bool(last_logits(self.model, 1)))
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             if return_outputs or not self._plain(inputs): return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -185,18 +185,18 @@ class Evidence:
 TABLES = ('scores', 'curves')
 
 def collect(trials:Sequence[Trial], # of a finished experiment
-            about:Mapping[str, Any], # scale and what else is to be kept; the plan is added
+            about:Mapping[str, Any], # scale and what else is to be kept; the plan is added, and with what it was made
            )->Evidence:
-    "Gather what trials left. Raises `ValueError` if one is not done"
+    "Gather what trials left. Raises `ValueError` if one is not done, or was made by another plan than today's"
     import pandas as pd
-    from rlcr_suite.core.records import stamp
     jobs.need_done(trials, trials[0].root)
     scores = pd.concat([pd.read_parquet(t._file(task)) for t in trials for task in t.plan], ignore_index=True)
     seconds = {k: float(v) for k, v in scores.groupby(['mixer', 'seed', 'task'], observed=True).seconds.first().items()}
     curves = pd.concat([pd.DataFrame(jobs.journal(t.dir/task)).assign(mixer=t.mixer, seed=t.seed, task=task, seconds=seconds[t.mixer, t.seed, task])
                         for t in trials for task in t.plan], ignore_index=True)
     for c in ('mixer', 'task', 'test'): scores[c] = scores[c].astype('category')
-    return Evidence(scores.drop(columns='seconds'), curves[['mixer', 'seed', 'task', 'step', 'loss', 'seconds']], dict(about) | dict(plan={task: p for t in trials for task, p in t.plan.items()}) | stamp())
+    about = dict(about) | dict(plan={task: p for t in trials for task, p in t.plan.items()}) | jobs.made_with(trials)
+    return Evidence(scores.drop(columns='seconds'), curves[['mixer', 'seed', 'task', 'step', 'loss', 'seconds']], about)
 
 @dataclass(frozen=True)
 class Experiment:

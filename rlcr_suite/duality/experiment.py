@@ -308,10 +308,9 @@ def collect(scale:str, # a key of `SCALES`
             root:str|Path, # folder of a finished experiment
             seconds:float|None=None, # what `run` took, if it was measured in one go
            )->Evidence: # scores: arm, seed, sequence, asked, loss, optimum; curves: arm, seed, step, loss, held_out, seconds; about: also memory, bytes by arm
-    "Gather what the trials left. Raises `ValueError` if one is not done"
+    "Gather what the trials left. Raises `ValueError` if one is not done, or was made by another plan"
     import json
     import pandas as pd
-    from rlcr_suite.core.records import stamp
     trials = jobs(scale, root)
     core.need_done(trials, root)
     each = [(t, a) for t in trials for a in t.arms]
@@ -319,4 +318,4 @@ def collect(scale:str, # a key of `SCALES`
     curves = pd.concat([pd.DataFrame(core.journal(t.dir/a)).assign(arm=a, seed=t.seed) for t, a in each], ignore_index=True)
     for table in (scores, curves): table['arm'] = table['arm'].astype('category')
     memory = {a: json.loads((t.dir/a/'memory.json').read_text()) for t, a in each}
-    return Evidence(scores, curves[['arm', 'seed', 'step', 'loss', 'held_out', 'seconds']], dict(scale=scale, seconds=seconds, plan=SCALES[scale].plan, memory=memory) | stamp())
+    return Evidence(scores, curves[['arm', 'seed', 'step', 'loss', 'held_out', 'seconds']], dict(scale=scale, seconds=seconds, plan=SCALES[scale].plan, memory=memory) | core.made_with(trials))

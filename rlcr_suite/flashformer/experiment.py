@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 import os
-from ..core.jobs import Job, Watch, need_done, read_tables, run as run_jobs, write_table, write_tables
+from ..core.jobs import Job, Watch, made_with, need_done, read_tables, run as run_jobs, write_table, write_tables
 if TYPE_CHECKING:
     import pandas
 
@@ -210,11 +210,10 @@ def collect(scale: str, # a key of `SCALES`
             root: str | Path, # folder of a finished experiment
             seconds: float | None = None, # what `run` took, if it was measured in one go
            ) -> Evidence:
-    "Gather what the checks left. Raises `ValueError` if one is not done."
+    "Gather what the checks left. Raises `ValueError` if one is not done, or was made by another plan."
     import pandas as pd
-    from rlcr_suite.core.records import stamp
     need_done(todo := jobs(scale, root), root)
-    return Evidence(pd.concat([pd.read_parquet(j.dir/'rows.parquet') for j in reversed(todo)], ignore_index=True), dict(scale=scale, seconds=seconds) | stamp())
+    return Evidence(pd.concat([pd.read_parquet(j.dir/'rows.parquet') for j in reversed(todo)], ignore_index=True), dict(scale=scale, seconds=seconds) | made_with(todo))
 
 def write_evidence(e: Evidence, # from `collect`
                    path: str | Path, # folder

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from ..core.blocks import Level, check_shapes, halves, levels, packed
 from .fenwick import buckets, level_mask
 from .forms import earlier_buckets, head_first, in_blocks, masked_attention, transported, tree_attention
-from .recurrence import LogLinearState, accumulator, check_room, empty_state, spread_heads
+from .recurrence import LogLinearState, accumulator, check_alike, check_room, empty_state, spread_heads
 
 # %% ../../nbs/03_log_linear/04_attention.ipynb #41b951e4
 CHUNK = 64 # tokens in a block: products of 64 x 64 x 64 are near the best rate of a CPU, and their number near its minimum
@@ -445,10 +445,12 @@ def backend_for(q: torch.Tensor, # (B, T, G, K)
 
 # %% ../../nbs/03_log_linear/04_attention.ipynb #33ddc8c0
 def _kernel_delta_piece(q, k, v, g, lam, beta, state: LogLinearState | None, return_state: bool) -> tuple:
-    "The delta form's kernel starts from nothing, and its state carries no gradient"
+    "The delta form's kernel starts from nothing, and the state it returns has no gradient"
     from rlcr_suite.kernels.log_linear import log_linear_attention as kernel
     if state is not None: raise ValueError("the kernel of the delta form cannot continue a state: use backend='torch', or step")
     if not return_state: return kernel(q, k, v, g, lam, beta), None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, lam, beta)):
+        raise ValueError("the kernel of the delta form returns a state without gradients: use backend='torch', or torch.no_grad()")
     o, S = kernel(q, k, v, g, lam, beta, return_state=True)
     return o, LogLinearState(*S)
 
@@ -482,8 +484,10 @@ def log_linear_attention(q: torch.Tensor, # (B, T, G, K) queries
                          backend: str = "auto", # "naive" (the definition), "torch", "triton", or "auto": see `backend_for`
                         ) -> torch.Tensor | tuple[torch.Tensor, LogLinearState]: # (B, T, H, V) in the type of `v`, and the state
     """Log-linear attention (Guo et al. 2025), causal, of any length: O(T log T) time, O(T) memory (delta form: O(T log T)). Sums in float32 at least. Gradients reach every
-    input and the initial state, and are the same bits at every run. Raises `ValueError` on shapes that do not fit, on sequences longer than the levels of `lam` hold,
-    and on a backend that cannot take the inputs."""
+    input and the initial state; on a CPU, and from the kernels, they are the same bits at every run (torch on a GPU sums
+    in no fixed order). The triton backend takes bfloat16 and float32 and keys of at most 256; its delta form neither continues a
+    state nor has gradients through the one it returns (`auto` takes torch there). Raises `ValueError` on shapes, types and devices that do not fit, on sequences longer than
+    the levels of `lam` hold, and on a backend that cannot take the inputs."""
     _check(q, k, v, g, lam, beta, initial_state, cu_seqlens)
     if backend not in ("auto", "naive", "torch", "triton"): raise ValueError(f"backend must be auto, naive, torch or triton, got {backend!r}")
     if backend == "auto": backend = backend_for(q, k, v, beta, initial_state=initial_state, return_state=return_state)
@@ -495,7 +499,8 @@ def log_linear_attention(q: torch.Tensor, # (B, T, G, K) queries
     one = partial(_attend, backend, beta is not None, return_state)
     def rows(*x):
         *x, state = x if initial_state is not None else (*x, None)
-        check_room(x[2].new_zeros(1, dtype=torch.int64) if state is None else state.t, x[2].shape[1], lam.shape[-1])
+        seen = torch.zeros(1, dtype=torch.int64) if state is None else state.t.cpu() # on a CPU: an error there, and no assertion that ends the use of a GPU
+        check_room(seen, x[2].shape[1], lam.shape[-1])
         o, S = _by_position(one, list(x), state)
         return (o, S) if return_state else o
     if cu_seqlens is not None: return packed(rows, cu_seqlens, *tensors, state=initial_state, return_state=return_state)
@@ -503,10 +508,12 @@ def log_linear_attention(q: torch.Tensor, # (B, T, G, K) queries
 
 # %% ../../nbs/03_log_linear/04_attention.ipynb #fcb31037
 def _check(q, k, v, g, lam, beta, state, cu_seqlens) -> None:
-    "Shapes that fit one another"
+    "Shapes, types and devices that fit one another"
     n = check_shapes(q=(q, "B T G K"), k=(k, "B T G K"), v=(v, "B T H V"), g=(g, "B T H"), lam=(lam, "B T H L"), beta=(beta, "B T H"))
+    if 0 in (n["L"], n["K"], n["V"], n["G"], n["H"]):
+        raise ValueError(f"levels, widths and heads must be at least 1, got L = {n['L']}, K = {n['K']}, V = {n['V']}, G = {n['G']}, H = {n['H']}")
     if n["H"] % n["G"]: raise ValueError(f"the {n['H']} heads of v must be a multiple of the {n['G']} heads of q and k")
-    if 0 in (n["L"], n["K"], n["V"]): raise ValueError(f"levels and widths must be at least 1, got L = {n['L']}, K = {n['K']}, V = {n['V']}")
+    check_alike(q=q, k=k, v=v, g=g, lam=lam, beta=beta, initial_state=state and state.S)
     if cu_seqlens is not None and n["B"] != 1: raise ValueError(f"packed sequences lie in one row: with cu_seqlens B must be 1, got {n['B']}")
     if state is None: return
     N = n["B"] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -527,6 +534,7 @@ def linear_attention(q: torch.Tensor, # (B, T, G, K) queries
                     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: # (B, T, H, V) in the type of `v`, and the state
     "Mamba-2 (Dao & Gu 2024) or Gated DeltaNet (Yang et al. 2024) by blocks: O(T) time. Differentiable. Raises `ValueError` on shapes that do not fit."
     n = check_shapes(q=(q, "B T G K"), k=(k, "B T G K"), v=(v, "B T H V"), g=(g, "B T H"), beta=(beta, "B T H"), initial_state=(initial_state, "N H K V"))
+    check_alike(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
     tensors = [x for x in (q, k, v, g, beta) if x is not None]
     def rows(*x):
         x, S = (x, None) if initial_state is None else (x[:-1], x[-1])

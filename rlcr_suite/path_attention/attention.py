@@ -448,8 +448,8 @@ def _kernels():
     "The Triton kernels, imported when they are wanted: a machine without a GPU need not have Triton"
     return importlib.import_module("rlcr_suite.kernels.path_attention")
 
-def _check(q, k, v, w, beta, gate, backend) -> None:
-    "Raises `ValueError` for what does not fit"
+def _check(q, k, v, w, beta, gate, backend) -> dict[str, int]:
+    "Raises `ValueError` for what does not fit; the sizes"
     sizes = check_shapes(q=(q, "B T HQ D"), k=(k, "B T H D"), v=(v, "B T H V"), w=(w, "B T H D"), beta=(beta, "B T H"), gate=(gate, "B T HQ"))
     if sizes["H"] == 0 or sizes["HQ"] % sizes["H"]: raise ValueError(f"the {sizes['HQ']} heads of q must be a multiple of the {sizes['H']} of k")
     if not 1 <= sizes["D"] <= 256 or not 1 <= sizes["V"] <= 256: raise ValueError(f"head dimensions go from 1 to 256; got {sizes['D']} and {sizes['V']}")
@@ -457,6 +457,7 @@ def _check(q, k, v, w, beta, gate, backend) -> None:
     if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k and v must have one floating-point type; got {q.dtype}, {k.dtype} and {v.dtype}")
     if backend not in BACKENDS: raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    return sizes
 
 # %% ../../nbs/05_path_attention/03_attention.ipynb #2cd92ee8
 def path_attention(q: torch.Tensor, # (B, T, HQ, D) queries
@@ -471,8 +472,10 @@ def path_attention(q: torch.Tensor, # (B, T, HQ, D) queries
                    cu_seqlens: torch.Tensor | None = None, # (N+1,) sequences packed in one row, B = 1
                    backend: str = "auto", # "auto", "naive", "torch" or "triton"
                   ) -> torch.Tensor: # (B, T, HQ, V)
-    """PaTH attention [@yang2025path], for any T. Differentiable once (the naive backend arbitrarily often); the gradient is deterministic and needs
-    O(T log T) memory. w, beta and gate may be of another floating-point type than q, k, v. Raises `ValueError` for shapes, types or a backend that do not fit."""
+    """PaTH attention [@yang2025path], for any T. Differentiable once (the naive backend arbitrarily often); the gradient needs O(T log T) memory and is,
+    on a CPU and from the kernels, the same bits at every run (torch on a GPU makes running sums in no fixed order). w, beta and gate may be of another floating-point type than q, k, v.
+    The kernels (triton) take float16, bfloat16 and float32, heads of at most 128, and values as wide as keys; `auto` takes torch for all else,
+    up to 256. Raises `ValueError` for shapes, types or a backend that do not fit."""
     _check(q, k, v, w, beta, gate, backend)
     scale = q.shape[-1]**-.5 if scale is None else float(scale)
     if backend == "auto": backend = backend_for(q, k, v, w, beta, gate)

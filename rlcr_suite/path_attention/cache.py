@@ -6,11 +6,12 @@
 __all__ = ['PathState', 'PathCache']
 
 # %% ../../nbs/05_path_attention/04_cache.ipynb #89065c21
+from collections.abc import Callable
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
-from ..core.blocks import check_shapes, ut_inverse
-from .attention import _columns, _flash, _forward, _kernels, _sizes, _unblocked, path_attention
+from ..core.blocks import ut_inverse
+from .attention import BACKENDS, _check, _columns, _flash, _forward, _kernels, _sizes, _unblocked, path_attention
 
 # %% ../../nbs/05_path_attention/04_cache.ipynb #648b140d
 class PathState(NamedTuple):
@@ -126,9 +127,12 @@ def _attend_by_kernel(state: PathState, q: torch.Tensor) -> torch.Tensor:
     gate = dict(c=state.c, total=state.total) if state.c.shape[2] else {}
     return _kernels().path_attention_decode(torch.stack(queries), state.k, state.v, bounds, recent=state.recent if state.recent.shape[1] else None, valid=state.valid, **gate)
 
-def _has_kernel(state: PathState) -> bool:
-    "Whether the kernel takes this cache: on a GPU, heads of at most 128, types that tensor cores know"
-    return state.k.is_cuda and max(state.k.shape[-1], state.v.shape[-1]) <= 128 and state.k.dtype == state.v.dtype != torch.float64
+def _attend_for(state: PathState, backend: str) -> Callable:
+    "What attends to this cache: the kernel if it is asked for, or if `auto` meets a GPU and a cache that the kernel knows"
+    if backend == "triton": return _attend_by_kernel
+    if backend != "auto" or not state.k.is_cuda: return _attend
+    try: return _attend_by_kernel if _kernels().supports_decode(state.k, state.v) else _attend
+    except ImportError: return _attend                               # Triton is not made for every system
 
 def _flush(state: PathState) -> PathState:
     "A full window becomes a segment, and segments of equal size merge"
@@ -191,16 +195,19 @@ def _through(k: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/05_path_attention/04_cache.ipynb #e95de9a8
 class PathCache:
-    """Key-value cache of PaTH attention. `prefill` takes a prompt (or more of it), `step` one token; both return the attention output. No gradients
-    pass the cache. An older `state` can be continued again; what was continued from it before is then lost, since they share their buffers."""
+    """Key-value cache of PaTH attention. `prefill` takes a prompt (or more of it), `step` one token; both return the attention output. A prompt's attention is computed by `backend`,
+    and a token's by the kernel where that is "triton" (or "auto" on a GPU) and heads are of at most 128, else by plain matrix products. What continues a cache that already
+    holds something is always computed by the torch form: the others begin from nothing. No gradients pass the cache.
+    An older `state` can be continued again; what was continued from it before is then lost, since they share their buffers."""
     def __init__(self, window: int = 64, # tokens whose transforms are held back; 0 rewrites all keys at every token (@eq-rewrite)
                  scale: float | None = None, # of the logits; None is D^-1/2
                  scale_gate: bool = False, # whether `scale` multiplies the gate too
                  dtype: torch.dtype | None = None, # of the cached keys and values; None is that of the first keys
-                 backend: str = "auto", # of the prompt's attention; "triton", or "auto" on a GPU, decodes by the kernel too
+                 backend: str = "auto", # "auto", "naive", "torch" or "triton"; the last raises `ValueError` at the first step of a cache that the kernel does not take
                  state: PathState | None = None, # to go on from
                 ):
         if window < 0: raise ValueError(f"window must be at least 0; got {window}")
+        if backend not in BACKENDS: raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
         self.window, self.scale, self.scale_gate, self.dtype, self.backend, self.state = window, scale, scale_gate, dtype, backend, state
 
     @property
@@ -257,15 +264,12 @@ class PathCache:
         if self.state is None: self.state = _fresh(k, v, gate, self.window, self.dtype or k.dtype, w is not None)
         self.state = _flush(_advance(self.state, k, v, w, beta, gate))
         wide = torch.promote_types(q.dtype, torch.float32)
-        attend = _attend_by_kernel if self.backend == "triton" or self.backend == "auto" and _has_kernel(self.state) else _attend
-        o = attend(self.state, (q[:, 0].to(wide)*scale).unflatten(1, (k.shape[2], -1)))
+        o = _attend_for(self.state, self.backend)(self.state, (q[:, 0].to(wide)*scale).unflatten(1, (k.shape[2], -1)))
         return o.flatten(1, 2)[:, None].to(q.dtype)
 
     def _check(self, q, k, v, w, beta, gate) -> float:
         "Raises `ValueError` for what does not fit; the scale"
-        sizes = check_shapes(q=(q, "B T HQ D"), k=(k, "B T H D"), v=(v, "B T H V"), w=(w, "B T H D"), beta=(beta, "B T H"), gate=(gate, "B T HQ"))
-        if sizes["HQ"] % sizes["H"]: raise ValueError(f"the {sizes['HQ']} heads of q must be a multiple of the {sizes['H']} of k")
-        if (w is None) != (beta is None): raise ValueError("w and beta are given together, or both None (no transforms)")
+        sizes = _check(q, k, v, w, beta, gate, self.backend)
         if self.state is not None:
             (B, _, H, D), V, c = self.state.k.shape, self.state.v.shape[3], self.state.c.shape[2]
             if (sizes["B"], sizes["H"], sizes["D"], sizes["V"]) != (B, H, D, V):

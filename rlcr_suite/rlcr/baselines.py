@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core.lm import _evaluating, _pad_id, _token_logprobs, generate, left_pad, prompt_ids, save
+from ..core.lm import evaluating, generate, left_pad, pad_id, prompt_ids, save, token_logprobs
 from .reward import MODES, parse
 from .test_time import continued, cut_after_answer
 
@@ -109,11 +109,11 @@ def answer_token_probability(model, # Hugging Face causal LM
     q, spans = np.full(len(texts), float(default)), [answer_tokens(tok, t) for t in texts]
     rows = sorted((i for i, (_, a, b) in enumerate(spans) if 0 < b - a < max_tokens), key=lambda i: spans[i][2])
     before = dict(zip(rows, prompt_ids(tok, [prompts[i] for i in rows])))
-    with _evaluating(model):
+    with evaluating(model):
         for k in range(0, len(rows), batch_size):
             chunk = rows[k:k + batch_size]
             xs, ys = zip(*((before[i] + s[:a], s[a:b]) for i in chunk for s, a, b in [spans[i]]))
-            q[chunk] = [np.exp(lp).mean() for lp in _token_logprobs(model, xs, ys, _pad_id(tok))]
+            q[chunk] = [np.exp(lp).mean() for lp in token_logprobs(model, xs, ys, pad_id(tok))]
     return q
 
 # %% ../../nbs/01_rlcr/07_baselines.ipynb #2d7c2603
@@ -139,9 +139,9 @@ def final_hidden(model, # Hugging Face causal LM
     "Last-layer hidden state at the last token; a sequence too long for the model loses its beginning"
     prompts, texts, _ = _check(prompts, texts)
     ids, h = _sequences(tok, prompts, texts, _room(model.config)), {}
-    with _evaluating(model):
+    with evaluating(model):
         for rows in _by_length(ids, batch_size):
-            x, mask, pos = (t.to(model.device) for t in left_pad([ids[i] for i in rows], _pad_id(tok)))
+            x, mask, pos = (t.to(model.device) for t in left_pad([ids[i] for i in rows], pad_id(tok)))
             out = model.get_decoder()(input_ids=x, attention_mask=mask, position_ids=pos, use_cache=False)
             h |= dict(zip(rows, out.last_hidden_state[:, -1].float().cpu().numpy()))
     return np.stack([h[i] for i in range(len(ids))])
@@ -240,7 +240,7 @@ def _classifier_of(base, tok, dtype, seed: int):
             config = copy.deepcopy(base.config); config.num_labels = 1
             clf = AutoModelForSequenceClassification.from_config(config, dtype=dtype or base.dtype).to(base.device)
             clf.base_model.load_state_dict(base.base_model.state_dict())
-    clf.config.get_text_config().pad_token_id = _pad_id(tok)  # the classifier finds the last token by it
+    clf.config.get_text_config().pad_token_id = pad_id(tok)  # the classifier finds the last token by it
     return clf
 
 @contextmanager
@@ -297,7 +297,7 @@ class Classifier:
         "Confidence in each text"
         prompts, texts, _ = _check(prompts, texts)
         ids, q = _sequences(self.tok, prompts, texts, self.max_length), np.empty(len(texts))
-        with _evaluating(self.model):
+        with evaluating(self.model):
             for rows in _by_length(ids, batch_size):
                 batch = {k: v.to(self.model.device) for k, v in self.collate([dict(input_ids=ids[i]) for i in rows]).items()}
                 q[rows] = torch.sigmoid(self.model(**batch).logits[:, 0].double()).cpu().numpy()
@@ -307,7 +307,7 @@ class Classifier:
         "Rows of ids (and labels) as one batch, padded on the right: positions then need no correction"
         T = max(len(r["input_ids"]) for r in rows)
         pad = lambda s, fill: list(s) + [fill] * (T - len(s))
-        out = dict(input_ids=torch.tensor([pad(r["input_ids"], _pad_id(self.tok)) for r in rows]),
+        out = dict(input_ids=torch.tensor([pad(r["input_ids"], pad_id(self.tok)) for r in rows]),
                    attention_mask=torch.tensor([pad([1] * len(r["input_ids"]), 0) for r in rows]))
         return out | ({"labels": torch.tensor([r["labels"] for r in rows])} if "labels" in rows[0] else {})
 

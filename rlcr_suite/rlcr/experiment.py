@@ -9,7 +9,7 @@ __all__ = ['MODEL', 'WARM_UP', 'SCALES', 'ARMS', 'LABELS', 'SPLITS', 'TEMPERATUR
 
 # %% ../../nbs/01_rlcr/09_experiment.ipynb #368c923e
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -62,11 +62,20 @@ class Job(core.Job):
     def done(self)->bool: return (self.model if self.arm == 'warm-up' else self.dir/'answers.parquet').exists()
     @property
     def label(self)->str: return f'{LABELS[self.arm]} seed {self.seed}' if self.arm in ARMS else self.arm
+    @property
+    def spec(self)->dict: return super().spec | _plan(self.scale) | dict(settings=ARMS.get(self.arm))
     def work(self)->None: _work(self)
     def progress(self)->dict[str, float]: return _progress(self)
 
 LABELS = {'base': 'base', 'rlvr': 'RLVR', 'rlcr': 'RLCR', 'sft_rlcr': 'SFT+RLCR', 'log': 'RLCR, log rule', 'group': 'RLCR, group std',
           'answer_probability': 'answer probability', 'bce': 'BCE classifier', 'brier': 'Brier classifier', 'probe': 'linear probe'}
+
+def _plan(scale:str)->dict: # JSON
+    "What a scale stands for: a job names no more than that"
+    from rlcr_suite.rlcr.train import PRESETS
+    s = SCALES[scale]
+    return dict(plan={k: v for k, v in asdict(s).items() if k not in ('name', 'arms', 'seeds')}, preset={k: v for k, v in asdict(PRESETS[s.preset]).items() if k != 'source'},
+                test_seed=TEST_SEED, judge_seed=JUDGE_SEED, max_new=MAX_NEW)
 
 def jobs(scale:str, # a key of `SCALES`
          root:str|Path, # folder of the experiment
@@ -239,9 +248,8 @@ def collect(scale:str, # a key of `SCALES`
             root:str|Path, # folder of a finished experiment
             seconds:float|None=None, # what `run` took, if it was measured in one go
            )->Evidence:
-    "Gather what the jobs left. Raises `ValueError` if one is not done"
+    "Gather what the jobs left. Raises `ValueError` if one is not done, or was made by another plan"
     import pandas as pd
-    from rlcr_suite.core.records import stamp
     from rlcr_suite.rlcr.train import journal
     todo = jobs(scale, root)
     core.need_done(todo, root)
@@ -249,7 +257,7 @@ def collect(scale:str, # a key of `SCALES`
     keep = ['arm', 'seed', 'step', 'reward', 'accuracy', 'confidence', 'brier', 'ece', 'format_rate', 'entropy', 'loss']
     curves = pd.concat(curves, ignore_index=True)
     parts = {name: pd.concat([pd.read_parquet(j.dir/f'{name}.parquet') for j in todo if j.arm != 'warm-up'], ignore_index=True) for name in ('answers', 'samples')}
-    return Evidence(**parts, curves=curves[[c for c in keep if c in curves]], about=dict(scale=scale, seconds=seconds) | stamp())
+    return Evidence(**parts, curves=curves[[c for c in keep if c in curves]], about=dict(scale=scale, seconds=seconds) | core.made_with(todo))
 
 def write_evidence(e:Evidence, # from `collect`
                    path:str|Path, # folder

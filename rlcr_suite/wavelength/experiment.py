@@ -17,7 +17,6 @@ import numpy as np
 from ..core import jobs as core
 from ..core.data import atomic_write
 from ..core.jobs import Watch
-from ..core.records import stamp
 from ..core.stats import stream
 from ..core.trials import Evidence, write_evidence
 from .game import STATES, Item, Listener, Scale, Speaker, check_clue
@@ -229,7 +228,7 @@ def collect(scale:str, # a key of `SCALES`
             root:str|Path, # folder of a finished experiment
             seconds:float|None=None, # what `run` took, if it was measured in one go
            )->Evidence: # scores: what `play` returns, with size and seed; curves: size, seed, step, loss; about: also trials, by label
-    "Gather what the trials left. Raises `ValueError` if one is not done"
+    "Gather what the trials left. Raises `ValueError` if one is not done, or was made by another plan"
     import pandas as pd
     trials = jobs(scale, root)
     core.need_done(trials, root)
@@ -240,4 +239,4 @@ def collect(scale:str, # a key of `SCALES`
     about = {t.label: json.loads((t.dir/'about.json').read_text()) for t in trials}
     for t in trials:
         if t.seed: [about[t.label].pop(k, None) for k in ('beliefs', 'said')]                  # shown of one run only
-    return Evidence(scores, curves[['size', 'seed', 'step', 'loss']], dict(scale=scale, seconds=seconds, plan=SCALES[scale].plan, trials=about) | stamp())
+    return Evidence(scores, curves[['size', 'seed', 'step', 'loss']], dict(scale=scale, seconds=seconds, plan=SCALES[scale].plan, trials=about) | core.made_with(trials))

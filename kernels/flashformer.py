@@ -11,8 +11,10 @@ Every program stays on its multiprocessor and goes through the stages of all lay
 so a token has 5L + 1 stages, and n tokens in one launch meet n(5L + 1) barriers. The order of every sum depends on the model's shape and on the
 position alone, never on the number of programs or on which of them comes first: a launch repeats bit for bit, on any grid.
 """
+import ast, re
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ import triton.language as tl
 from .grid import grid_arrive, grid_wait, prefetch
 from .interpreter import interpreted, sequential, why_not_here
 
-__all__ = ["Shape", "Quantised", "Weights", "Buffers", "Sampler", "ROWS", "allocate", "decode", "gumbel", "why_not", "aot_cases"]
+__all__ = ["Shape", "Quantised", "Weights", "Buffers", "Sampler", "ROWS", "allocate", "decode", "gumbel", "why_not", "aot_cases", "weight_costs"]
 
 ROWS = 16 # rows that one pass over the weights can serve
 
@@ -837,3 +839,48 @@ def _case(model: str, kind: str, rows: int, sm: int, sample: bool):
     signature = {a: types.get(a, "*fp32") for a in _decode_kernel.arg_names if a not in constants}
     return Case(f"{model} {kind}" + f" {rows} rows"*(rows > 1) + " sampled"*sample, _decode_kernel, signature, constants, *map(OPTIONS.get, fixed),
                 options={k: v for k, v in OPTIONS.items() if k not in fixed})
+
+#: instructions a weight of an innermost loop, by the bits of a weight: what the best loops of each kind cost when written by themselves
+BUDGET = {16: 3.7, 8: 4.2, 4: 4.3}
+
+@lru_cache(maxsize=1)
+def _stage_lines() -> dict: # name -> first and last line, in this file, of each stage
+    parts = ast.parse(Path(__file__).read_text(encoding="utf-8")).body
+    return {f.name: (f.lineno, f.end_lineno) for f in parts if isinstance(f, ast.FunctionDef) and f.name.endswith("_stage")}
+
+def _innermost(compiled) -> list: # of an `aot.Compiled`: instructions, and the stage whose code follows, of each innermost loop in the code's order
+    from .aot import _on_cubin, _tool
+    code, label, spans, line = [], {}, [], 0
+    text = _on_cubin([_tool("nvdisasm"), "-c", "-g"], compiled.cubin)
+    for name, number, instruction in re.findall(r"^(\.L_\w+:)|^\s*//## File.* line (\d+)|^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", text, re.M):
+        if name: label[name[:-1]] = len(code)
+        elif number: line = int(number)
+        else:
+            to = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction)
+            if to and label.get(to[1], len(code)) < len(code): spans.append((label[to[1]], len(code) + 1))
+            code.append((instruction, line))
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    stage = lambda first: next((name for _, line in code[first:] for name, (a, b) in _stage_lines().items() if a <= line <= b), None)
+    return [([x for x, _ in code[first:last]], stage(first)) for first, last in inner]
+
+def weight_costs(compiled, # `aot.Compiled` of …
+                 case, # … one of `aot_cases`
+                ) -> dict[str, float]: # QKV, O, GU, DOWN, HEAD -> instructions a weight
+    """What a thread issues for a weight in the innermost loop over each matrix. Weights are those that are there, not those that a last step is padded with. With one
+    row these are the loops that read with *evict first*; with several, those that use tensor cores, but for that over the cache, which has exponentials.
+    Raises `ValueError` where the machine code has not one such loop for each matrix."""
+    rows, threads = case.constexprs["R"] > 1, 32*compiled.num_warps
+    read = lambda loop: sum(int(m[1] or 32)//8 for x in loop if (m := re.search(r"LDG\.E\.EF(?:\.CONSTANT)?(?:\.(64|128))?", x))) # bytes a trip
+    multiplies = lambda loop: any("HMMA" in x for x in loop) and not any("MUFU.EX2" in x for x in loop)
+    loops = [(loop, stage) for loop, stage in _innermost(compiled) if (multiplies if rows else read)(loop)]
+    adds = iter(("O", "DOWN"))                                                    # both are in `_add_stage`
+    names = [dict(_head_stage="HEAD", _qkv_stage="QKV", _gate_up_stage="GU").get(stage) or next(adds, None) for _, stage in loops]
+    cuts = {name: case.constexprs[name] for name in ("QKV", "O", "GU", "DOWN", "HEAD")}
+    if set(names) != set(cuts) or len(names) != len(cuts): raise ValueError(f"{compiled.label}: a loop for each of {', '.join(cuts)} wanted, found {names}")
+    def weights(name, loop): # a trip, a thread
+        m = cuts[name]
+        if rows: return m.S*m.BK*m.BN/threads*(32//m.bits if m.bits < 16 else 1)
+        tile, size = m.BN*m.K*m.bits/8/threads, read(loop)                        # bytes; a loop may go over a row, or, where rows are short, over tiles
+        if size < tile and tile % size and not m.K*m.bits//32 % m.BK: raise ValueError(f"{compiled.label}: the loop over {name} reads {size} bytes of {tile:g}")
+        return min(size, tile)*8/m.bits
+    return {name: len(loop)/weights(name, loop) for name, (loop, _) in zip(names, loops)}

@@ -11,8 +11,10 @@ Every program stays on its multiprocessor and goes through the stages of all lay
 so a token has 5L + 1 stages, and n tokens in one launch meet n(5L + 1) barriers. The order of every sum depends on the model's shape and on the
 position alone, never on the number of programs or on which of them comes first: a launch repeats bit for bit, on any grid.
 """
+import ast, re
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ import triton.language as tl
 from .grid import grid_arrive, grid_wait, prefetch
 from .interpreter import interpreted, sequential, why_not_here
 
-__all__ = ["Shape", "Quantised", "Weights", "Buffers", "Sampler", "ROWS", "allocate", "decode", "gumbel", "why_not", "aot_cases"]
+__all__ = ["Shape", "Quantised", "Weights", "Buffers", "Sampler", "ROWS", "allocate", "decode", "gumbel", "why_not", "aot_cases", "weight_costs"]
 
 ROWS = 16 # rows that one pass over the weights can serve
 
@@ -40,6 +42,20 @@ class Shape:
     qkv_bias: bool = False # Qwen2
     qk_norm: bool = False # Qwen3: a norm over each head's query and key
     scale: float | None = None # of the attention logits; None is head_dim**-0.5
+
+@dataclass(frozen=True)
+class Cut:
+    "How the kernel goes through a matrix: what it is compiled for, beside `Shape`."
+    N: int # rows
+    K: int # columns
+    bits: int # of a weight
+    BN: int # rows a tile
+    BK: int # words of 32 bits a step along a row; in the form for several rows, columns or words of a slice
+    S: int # slices a step, each of BK columns or words, in the form for several rows; 1 in that for one
+
+    @property
+    def width(self) -> int: # elements a row, as it is stored
+        return self.K if self.bits >= 16 else self.K*self.bits//32
 
 class Quantised(NamedTuple):
     """A matrix (..., N, K) in few bits, K a multiple of 128. With b = column // 128 and W words of 32 bits for each such block, part i of word
@@ -88,8 +104,8 @@ class Buffers(NamedTuple):
 
 class Sampler(NamedTuple):
     "Sampling by the Gumbel-max trick: the same seed and position give the same noise, whatever the grid. Without one, greedy."
-    temperature: float = 1.0
-    seed: int = 0
+    temperature: float = 1.0 # positive; logits are divided by it
+    seed: int = 0 # 0 to 2**63 - 1
 
 # ------------------------------------------------------------------------------------------------------- a matrix times activations
 
@@ -143,70 +159,100 @@ def _place(c, BITS: tl.constexpr, BK: tl.constexpr):
     else: return c                                                                # quantised weights are packed so from the start
 
 @triton.jit
-def _one_row(w, scales, x, sums, r, one, K: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Rows r of a matrix (N, K), read as 32-bit words, times x (K,) as `_place` lays it out: (BN, 1). By fused multiply-adds; the sum over threads comes last.
-    A thread reads four words of a row, and four numbers of x for each of their parts. x is read once for every row of the tile: so it is born in the layout of
-    the weights, and the assembler keeps one load for all rows; read as a vector it would change threads through shared memory at every step. sums (K/128,): of x,
-    block by block, for quantised weights"""
+def _step(acc, w, scales, x, r, k, one, M: tl.constexpr, FULL: tl.constexpr):
+    "acc (BN, BK) + what words k to k + BK of rows r (BN, 1) add, or as many as there are"
+    BITS: tl.constexpr = M.bits
+    BN: tl.constexpr = M.BN
+    BK: tl.constexpr = M.BK
     PARTS: tl.constexpr = 32//BITS
-    COUNT: tl.constexpr = K//PARTS                                                # words a row
-    EVEN: tl.constexpr = COUNT % BK == 0
+    COUNT: tl.constexpr = M.K//PARTS                                              # words a row
     WORDS: tl.constexpr = BK if BITS >= 16 else 128//PARTS                        # words whose parts i lie side by side
-    r = r[:, None]
-    row = r.to(tl.int64)*COUNT
+    HALF: tl.constexpr = w.dtype.element_ty == tl.float16
     if BITS >= 16: w = w.to(tl.pointer_type(tl.int32))
     j = tl.arange(0, BK)[None, :]
-    column = j//WORDS*(WORDS*PARTS) + j % WORDS + 0*r
+    column = j//WORDS*(WORDS*PARTS) + j % WORDS + 0*r                             # (BN, BK)
+    ok = (k + j < COUNT) & (r >= 0)
+    if FULL: word = tl.load(w + r.to(tl.int64)*COUNT + (k + j), eviction_policy="evict_first")
+    else: word = tl.load(w + r.to(tl.int64)*COUNT + (k + j), mask=ok, other=0, eviction_policy="evict_first")
+    part = tl.zeros((BN, BK), tl.float32) if BITS == 4 else acc                   # 4 bits have a scale for each block of columns
+    for i in tl.static_range(PARTS):
+        if FULL: xk = tl.load(x + (k*PARTS + column + i*WORDS))
+        else: xk = tl.load(x + (k*PARTS + column + i*WORDS), mask=ok, other=0.)
+        part += _part(word, i, one, BITS, HALF)*xk
+    if BITS == 4:
+        at = r.to(tl.int64)*(M.K//128) + (k//WORDS + j//WORDS)
+        if FULL: scale = tl.load(scales + at)
+        else: scale = tl.load(scales + at, mask=ok, other=0.)
+        return acc + part*scale.to(tl.float32)
+    else: return part
+
+@triton.jit
+def _one_row(w, scales, x, sums, r, one, M: tl.constexpr):
+    """Rows r of a matrix (N, K), read as 32-bit words, times x (K,) as `_place` lays it out: (BN, 1). By fused multiply-adds; the sum over threads comes last.
+    A thread reads four words of a row, and four numbers of x for each of their parts. x is read once for every row of the tile: so it is born in the layout of
+    the weights, and the assembler keeps one load for all rows; read as a vector it would change threads through shared memory at every step. sums: of x, for
+    quantised weights, as `_sums` makes them"""
+    BITS: tl.constexpr = M.bits
+    K: tl.constexpr = M.K
+    BN: tl.constexpr = M.BN
+    BK: tl.constexpr = M.BK
+    COUNT: tl.constexpr = K*BITS//32
+    WHOLE: tl.constexpr = COUNT//BK*BK                                            # words in steps that are full; only the last may not be
+    r = r[:, None]
     acc = tl.zeros((BN, BK), tl.float32)
-    for k in range(0, COUNT, BK):
-        ok = (k + j < COUNT) & (r >= 0)                                           # only asked where the last step is not full
-        if EVEN: word = tl.load(w + row + (k + j), eviction_policy="evict_first")
-        else: word = tl.load(w + row + (k + j), mask=ok, other=0, eviction_policy="evict_first")
-        part = tl.zeros((BN, BK), tl.float32) if BITS == 4 else acc               # 4 bits have a scale for each block of columns
-        for i in tl.static_range(PARTS):
-            if EVEN: xk = tl.load(x + (k*PARTS + column + i*WORDS))
-            else: xk = tl.load(x + (k*PARTS + column + i*WORDS), mask=ok, other=0.)
-            part += _part(word, i, one, BITS, HALF)*xk
-        if BITS == 4:
-            at = r.to(tl.int64)*(K//128) + (k//WORDS + j//WORDS)
-            if EVEN: scale = tl.load(scales + at)
-            else: scale = tl.load(scales + at, mask=ok, other=0.)
-            acc += part*scale.to(tl.float32)
-        else: acc = part
+    for k in range(0, WHOLE, BK): acc = _step(acc, w, scales, x, r, k, one, M, True)
+    if WHOLE < COUNT: acc = _step(acc, w, scales, x, r, WHOLE, one, M, False)
     y = tl.sum(acc, 1)
-    if BITS < 16:                                                                 # what every part has too much, block by block
+    if BITS == 8: y = (y - 1.5*tl.load(sums))*(1 << BITS)                         # what every part has too much: the same for all rows,
+    if BITS == 4:                                                                 # or with a scale block by block
         BLOCKS: tl.constexpr = triton.next_power_of_2(K//128)
         b = tl.arange(0, BLOCKS)[None, :]
-        total = tl.load(sums + b + 0*r, mask=(b < K//128) & (r >= 0), other=0.)
-        if BITS == 4: total *= tl.load(scales + r.to(tl.int64)*(K//128) + b, mask=(b < K//128) & (r >= 0), other=0.).to(tl.float32)
+        ok = (b < K//128) & (r >= 0)
+        total = tl.load(sums + b + 0*r, mask=ok, other=0.)*tl.load(scales + r.to(tl.int64)*(K//128) + b, mask=ok, other=0.).to(tl.float32)
         y = (y - 1.5*tl.sum(total, 1))*(1 << BITS)
     y = y[:, None]
     if BITS == 8: y *= tl.load(scales + r).to(tl.float32)
     return y
 
 @triton.jit
-def _rows(w, scales, x, gain, r, m, one, K: tl.constexpr, eps, NORM: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-          BK: tl.constexpr, S: tl.constexpr):
-    "Rows r of a matrix (N, K) times m <= R rows of x (R, K): (BN, R), by tensor cores. The columns are dealt to S slices, so that all warps multiply"
+def _units(x, m, K: tl.constexpr, eps, R: tl.constexpr, BE: tl.constexpr):
+    "1 over the root mean square of each of m <= R rows of x (R, K): (R,)"
+    WIDE: tl.constexpr = BE if BE < 256 else 256
+    i, squares = tl.arange(0, R), tl.zeros((R, WIDE), tl.float32)
+    for k in range(0, K, WIDE):
+        xk = tl.load(x + i[:, None]*K + (k + tl.arange(0, WIDE))[None, :], mask=(i < m)[:, None], other=0.)
+        squares += xk*xk
+    return tl.rsqrt(tl.sum(squares, 1)/K + eps)
+
+@triton.jit
+def _rows(w, scales, x, gain, unit, r, m, one, M: tl.constexpr, eps, NORM: tl.constexpr, R: tl.constexpr):
+    """Rows r of a matrix (N, K) times m <= R rows of x (R, K): (BN, R), by tensor cores. The columns are dealt to S slices, so that all warps multiply. The norm is
+    applied to the sum; but float16 might not hold a stream that is not normed yet, so there each row of x is first multiplied by its `unit` (R,)"""
+    BITS: tl.constexpr = M.bits
+    K: tl.constexpr = M.K
+    BN: tl.constexpr = M.BN
+    BK: tl.constexpr = M.BK
+    S: tl.constexpr = M.S
+    FIRST: tl.constexpr = NORM and w.dtype.element_ty == tl.float16
     s, j, i = tl.arange(0, S), tl.arange(0, BK), tl.arange(0, R)
     row = r.to(tl.int64)[None, :, None]
     live = (i < m)[None, None, :]
-    acc = tl.zeros((S, BN, R), tl.float32)
+    acc = tl.zeros((S, BN, R), tl.float32)                                      # (slices, rows of the tile, rows of x)
     squares = tl.zeros((S, BK, R), tl.float32)
     if BITS >= 16:
         for k in range(0, K, S*BK):
-            at = k + s[:, None]*BK + j[None, :]
+            at = k + s[:, None]*BK + j[None, :]                                   # (S, BK) columns
             ok = at < K
-            xk = tl.load(x + i[None, None, :]*K + at[:, :, None], mask=live & ok[:, :, None], other=0.)
-            if NORM:
-                squares += xk*xk
-                xk *= tl.load(gain + at, mask=ok, other=0.).to(tl.float32)[:, :, None]
+            xk = tl.load(x + i[None, None, :]*K + at[:, :, None], mask=live & ok[:, :, None], other=0.) # (S, BK, R)
+            if FIRST: xk *= unit[None, None, :]
+            elif NORM: squares += xk*xk
+            if NORM: xk *= tl.load(gain + at, mask=ok, other=0.).to(tl.float32)[:, :, None]
             acc = _dot(tl.load(w + row*K + at[:, None, :], mask=ok[:, None, :], other=0., eviction_policy="evict_first"), xk, acc)
     else:
         PARTS: tl.constexpr = 32//BITS
         WORDS: tl.constexpr = 128//PARTS
         for k in range(0, K//PARTS, S*BK):
-            block = k//BK + s                                                     # BK is WORDS: a slice is one block
+            block = k//BK + s                                                     # (S,); BK is WORDS: a slice is one block
             at = block[:, None]*BK + j[None, :]
             ok = at < K//PARTS
             word = tl.load(w + row*(K//PARTS) + at[:, None, :], mask=ok[:, None, :], other=0, eviction_policy="evict_first")
@@ -223,46 +269,75 @@ def _rows(w, scales, x, gain, r, m, one, K: tl.constexpr, eps, NORM: tl.constexp
             acc += part
     y = tl.sum(acc, 0)
     if BITS == 8: y *= tl.load(scales + r).to(tl.float32)[:, None]
-    if NORM: y *= tl.rsqrt(tl.sum(tl.sum(squares, 0), 0)/K + eps)[None, :]
+    if NORM and not FIRST: y *= tl.rsqrt(tl.sum(tl.sum(squares, 0), 0)/K + eps)[None, :]
     return y
 
 @triton.jit
-def _product(w, scales, x, sums, gain, r, m, one, K: tl.constexpr, eps, NORM: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-             BK: tl.constexpr, S: tl.constexpr):
+def _product(matrix, x, sums, gain, unit, r, m, one, M: tl.constexpr, eps, NORM: tl.constexpr, R: tl.constexpr):
     "Rows r of a matrix times one row of activations, normed already, or times up to R, with the norm: (BN, R)"
-    if R == 1: return _one_row(w, scales, x, sums, r, one, K, BITS, w.dtype.element_ty == tl.float16, BN, BK)
-    else: return _rows(w, scales, x, gain, r, m, one, K, eps, NORM, BITS, R, BN, BK, S)
+    w, scales = matrix
+    if R == 1: return _one_row(w, scales, x, sums, r, one, M)
+    else: return _rows(w, scales, x, gain, unit, r, m, one, M, eps, NORM, R)
 
 @triton.jit
-def _norm(x, gain, to, K: tl.constexpr, eps, BITS: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr):
+def _layer(w, scales, l, M: tl.constexpr):
+    "Layer l of a stack: the matrix and its scales"
+    PER_ROW: tl.constexpr = M.K//128 if M.bits == 4 else 1
+    l = l.to(tl.int64)
+    return w + l*(M.N*M.width), scales + l*(M.N*PER_ROW)
+
+@triton.jit
+def _ahead(w, first, N: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr):
+    "Prefetch the tile of BN rows, of N, that begins with `first`, if there is one"
+    BYTES: tl.constexpr = M.K*M.bits//8                                           # a row
+    if AHEAD:
+        if first < N: prefetch(w + first.to(tl.int64)*M.width, tl.minimum(N - first, BN)*BYTES)
+
+@triton.jit
+def _ahead_pair(w, first, M: tl.constexpr, AHEAD: tl.constexpr):
+    "The same of gate and up, whose rows (2 F) a tile takes from both halves"
+    F: tl.constexpr = M.N//2
+    _ahead(w, first, F, M, M.BN//2, AHEAD)
+    _ahead(w + F*M.width, first, F, M, M.BN//2, AHEAD)
+
+# ------------------------------------------------------------------------------------------- activations, as a product wants them
+
+@triton.jit
+def _norm(x, gain, to, M: tl.constexpr, eps, BE: tl.constexpr):
     "RMS norm of x (K,) into this program's own memory, laid out for `_one_row`"
     squares = tl.zeros((BE,), tl.float32)
-    for k in range(0, K, BE):
+    for k in range(0, M.K, BE):
         xk = tl.load(x + k + tl.arange(0, BE))
         squares += xk*xk
-    unit = tl.rsqrt(tl.sum(squares, 0)/K + eps)
-    for k in range(0, K, BE):
+    unit = tl.rsqrt(tl.sum(squares, 0)/M.K + eps)
+    for k in range(0, M.K, BE):
         c = k + tl.arange(0, BE)
-        tl.store(to + _place(c, BITS, BK), tl.load(x + c)*unit*tl.load(gain + c).to(tl.float32))
+        tl.store(to + _place(c, M.bits, M.BK), tl.load(x + c)*unit*tl.load(gain + c).to(tl.float32))
     tl.debug_barrier()                                                            # other threads of this program read it
 
 @triton.jit
-def _sum_blocks(x, to, K: tl.constexpr, BITS: tl.constexpr):
-    "Sums of x (K,) over blocks of 128, for quantised weights: to (K/128,)"
-    if BITS < 16:
-        for first in range(0, K//128, 16):
+def _sums(x, to, M: tl.constexpr):
+    "Sums of x (K,) for quantised weights: of each block of 128 for 4 bits, to (K/128,); of all of it for 8, to (1,)"
+    if M.bits < 16:
+        total = tl.zeros((16,), tl.float32)
+        for first in range(0, M.K//128, 16):
             b = first + tl.arange(0, 16)
-            ok = b < K//128
-            tl.store(to + b, tl.sum(tl.load(x + b[:, None]*128 + tl.arange(0, 128)[None, :], mask=ok[:, None], other=0.), 1), mask=ok)
+            ok = b < M.K//128
+            block = tl.sum(tl.load(x + b[:, None]*128 + tl.arange(0, 128)[None, :], mask=ok[:, None], other=0.), 1)
+            if M.bits == 4: tl.store(to + b, block, mask=ok)
+            else: total += block
+        if M.bits == 8: tl.store(to, tl.sum(total, 0))
         tl.debug_barrier()
 
 @triton.jit
-def _ahead(w, first, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr):
-    "Prefetch the tile of BN rows that begins with `first`, if there is one"
-    WIDE: tl.constexpr = K if BITS >= 16 else K*BITS//32                          # elements a row
-    BYTES: tl.constexpr = K*BITS//8
-    if AHEAD:
-        if first < N: prefetch(w + first.to(tl.int64)*WIDE, tl.minimum(N - first, BN)*BYTES)
+def _normed(x, gain, to, sums, m, M: tl.constexpr, eps, FP16: tl.constexpr, R: tl.constexpr, BE: tl.constexpr):
+    "Where a product with a norm finds its activations: one row normed already, in this program's own memory; several as they are. And 1 over their sizes, if it asks for them"
+    if R == 1:
+        _norm(x, gain, to, M, eps, BE)
+        _sums(to, sums, M)
+        return to, 1.
+    elif FP16: return x, _units(x, m, M.K, eps, R, BE)
+    else: return x, 1.
 
 # ---------------------------------------------------------------------------------------------------------------------- attention
 
@@ -287,11 +362,16 @@ def _online(acc, high, low, logits, v):
     return _dot(p, v, acc*shrink[:, None]), top, low*shrink + tl.sum(p, 1)
 
 @triton.jit
-def _attend(qkv, qn, kn, keys, values, cos, sin, part, high_out, low_out, l, kv, split, chunk, per, p, m, eps, scale,
-            H: tl.constexpr, KVH: tl.constexpr, HD: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr, QK_NORM: tl.constexpr,
-            BG: tl.constexpr, BT: tl.constexpr):
+def _attend(qkv, norms, cache, rotation, found, l, kv, split, chunk, per, p, m, scale, A: tl.constexpr, SPLITS: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr):
     """16 queries of one key head, heads within rows, against one split of the cache; the first split takes the new rows too, and the first program to take them
     appends them"""
+    qn, kn = norms
+    keys, values = cache
+    cos, sin = rotation
+    part, high_out, low_out = found
+    H: tl.constexpr = A.heads
+    KVH: tl.constexpr = A.kv_heads
+    HD: tl.constexpr = A.head_dim
     BQ: tl.constexpr = 16                                                         # the least that a tensor core takes
     G: tl.constexpr = H//KVH
     WIDE: tl.constexpr = (H + 2*KVH)*HD
@@ -301,10 +381,10 @@ def _attend(qkv, qn, kn, keys, values, cos, sin, part, high_out, low_out, l, kv,
     live = ((i < m) & (g < G))[:, None]
     at = qkv + (i*WIDE + (kv*G + g)*HD)[:, None] + d[None, :]
     a, b = tl.load(at, mask=live, other=0.), tl.load(at + HD//2, mask=live, other=0.)
-    if QK_NORM: a, b = _head_norm(a, b, qn, l, d, eps, HD)
+    if A.qk_norm: a, b = _head_norm(a, b, qn, l, d, A.eps, HD)
     angle = (p + i)[:, None]*(HD//2) + d[None, :]
     a, b = _turn(a*scale, b*scale, tl.load(cos + angle, mask=live, other=0.), tl.load(sin + angle, mask=live, other=0.))
-    base = (l*KVH + kv).to(tl.int64)*(T*HD)
+    base = (l*KVH + kv).to(tl.int64)*(A.max_len*HD)
     high, low = tl.full((BQ,), float("-inf"), tl.float32), tl.zeros((BQ,), tl.float32)
     acc = tl.zeros((BQ, HD), tl.float32)
     if split == 0:
@@ -312,7 +392,7 @@ def _attend(qkv, qn, kn, keys, values, cos, sin, part, high_out, low_out, l, kv,
         new = (n < m)[:, None]
         from_new = qkv + (n*WIDE + (H + kv)*HD)[:, None] + d[None, :]
         ka, kb = tl.load(from_new, mask=new, other=0.), tl.load(from_new + HD//2, mask=new, other=0.)
-        if QK_NORM: ka, kb = _head_norm(ka, kb, kn, l, d, eps, HD)
+        if A.qk_norm: ka, kb = _head_norm(ka, kb, kn, l, d, A.eps, HD)
         turn = (p + n)[:, None]*(HD//2) + d[None, :]
         ka, kb = _turn(ka, kb, tl.load(cos + turn, mask=new, other=0.), tl.load(sin + turn, mask=new, other=0.))
         v = tl.load(qkv + (n*WIDE + (H + KVH + kv)*HD)[:, None] + e[None, :], mask=new, other=0.)
@@ -340,23 +420,33 @@ def _attend(qkv, qn, kn, keys, values, cos, sin, part, high_out, low_out, l, kv,
     tl.store(low_out + out, low, mask=mine)
 
 @triton.jit
-def _combine(part, high, low, to, m, splits, H: tl.constexpr, HD: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr,
-             BK: tl.constexpr, BC: tl.constexpr):
-    "One softmax from the splits: to (m, H HD), a single row laid out for `_one_row`"
+def _parts(p, SPLITS: tl.constexpr, BT: tl.constexpr):
+    "Places of the cache a split, and how many splits p places make"
+    per = tl.maximum(tl.cdiv(tl.cdiv(p, SPLITS), BT), 1)*BT
+    return per, tl.maximum(tl.cdiv(p, per), 1)
+
+@triton.jit
+def _combine(found, to, m, splits, H: tl.constexpr, HD: tl.constexpr, M: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr, BC: tl.constexpr):
+    """One softmax from the splits: to (m, H HD), a single row laid out for `_one_row`. Eight splits at a time, whose loads wait for nothing but memory: one
+    after the other, each would wait for what the last one made of the maximum"""
+    MANY: tl.constexpr = 8
+    part, high, low = found
     for i in range(m):
         for k in range(0, H*HD, BC):
             c = k + tl.arange(0, BC)
             head = (i*H + c//HD)*SPLITS
-            top, below = tl.load(high + head), tl.load(low + head)
-            acc = tl.load(part + head*HD + c % HD)
-            for s in range(1, splits):
-                other = tl.load(high + head + s)
-                joint = tl.maximum(top, other)
-                a, b = tl.exp2(top - joint), tl.exp2(other - joint)
-                acc = acc*a + tl.load(part + (head + s)*HD + c % HD)*b
-                below = below*a + tl.load(low + head + s)*b
-                top = joint
-            tl.store(to + i*(H*HD) + (_place(c, BITS, BK) if R == 1 else c), acc/below)
+            top, below, acc = tl.full((BC,), float("-inf"), tl.float32), tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+            for first in range(0, splits, MANY):
+                joint = top
+                for s in tl.static_range(MANY): joint = tl.maximum(joint, tl.load(high + head + first + s, mask=(first + s < splits) & (c >= 0), other=float("-inf")))
+                shrink = tl.exp2(top - joint)
+                acc, below, top = acc*shrink, below*shrink, joint
+                for s in tl.static_range(MANY):
+                    ok, at = (first + s < splits) & (c >= 0), head + first + s
+                    a = tl.exp2(tl.load(high + at, mask=ok, other=float("-inf")) - joint)
+                    acc += tl.load(part + at*HD + c % HD, mask=ok, other=0.)*a
+                    below += tl.load(low + at, mask=ok, other=0.)*a
+            tl.store(to + i*(H*HD) + (_place(c, M.bits, M.BK) if R == 1 else c), acc/below)
     tl.debug_barrier()
 
 # ---------------------------------------------------------------------------------------------------------------- choosing a token
@@ -376,141 +466,155 @@ def _pick(best, best_id, row, programs, ROWS: tl.constexpr, BP: tl.constexpr, V:
     token = tl.load(best_id + p*ROWS + row, mask=p < programs, other=_NONE)
     return tl.minimum(tl.min(tl.where(x == tl.max(x, 0), token, _NONE), 0), V - 1)  # NaN logits: some token, no wild read
 
+# --------------------------------------------------------------------------------------------------------------------- the stages
+
+# Each takes the tiles that are this program's: pid, pid + programs, …
+
+@triton.jit
+def _tile(grid, tile, matrix, x, sums, gain, unit, m, one, M: tl.constexpr, eps, NORM: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
+    "The rows of a tile, beyond the last too, and what they are times x: (BN,), (BN, R). Asks for the next tile first"
+    _ahead(matrix[0], (tile + grid[1])*M.BN, M.N, M, M.BN, AHEAD)
+    r = tile*M.BN + tl.arange(0, M.BN)
+    return r, _product(matrix, x, sums, gain, unit, tl.minimum(r, M.N - 1), m, one, M, eps, NORM, R)
+
+@triton.jit
+def _qkv_stage(grid, matrix, x, sums, gain, unit, bias, to, m, one, M: tl.constexpr, eps, BIAS: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
+    "to (R, N) = x W^T (+ b)"
+    i = tl.arange(0, R)[None, :]
+    for tile in range(grid[0], tl.cdiv(M.N, M.BN), grid[1]):
+        r, y = _tile(grid, tile, matrix, x, sums, gain, unit, m, one, M, eps, True, R, AHEAD)
+        ok = (r < M.N)[:, None]
+        if BIAS: y += tl.load(bias + r[:, None], mask=ok, other=0.).to(tl.float32)
+        tl.store(to + i*M.N + r[:, None], y, mask=ok & (i < m))
+
+@triton.jit
+def _attention_stage(grid, qkv, norms, cache, rotation, found, l, p, m, scale, A: tl.constexpr, SPLITS: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr):
+    "A unit is a key head, a split of its cache, and 16 of the queries that ask it: as many as there are"
+    per, splits = _parts(p, SPLITS, BT)
+    chunks = tl.cdiv(m*BG, 16)
+    for u in range(grid[0], A.kv_heads*splits*chunks, grid[1]):
+        _attend(qkv, norms, cache, rotation, found, l, u//chunks//splits, u//chunks % splits, u % chunks, per, p, m, scale, A, SPLITS, BG, BT)
+
+@triton.jit
+def _add_stage(grid, matrix, x, sums, stream, h, m, one, M: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
+    "h (R, N) = stream + x W^T"
+    i = tl.arange(0, R)[None, :]
+    for tile in range(grid[0], tl.cdiv(M.N, M.BN), grid[1]):
+        r, y = _tile(grid, tile, matrix, x, sums, h, 1., m, one, M, 0., False, R, AHEAD)
+        ok = (r < M.N)[:, None] & (i < m)
+        tl.store(h + i*M.N + r[:, None], y + tl.load(stream + i*M.N + r[:, None], mask=ok, other=0.), mask=ok)
+
+@triton.jit
+def _gate_up_stage(grid, matrix, x, sums, gain, unit, act, m, one, M: tl.constexpr, DOWN: tl.constexpr, eps, R: tl.constexpr, AHEAD: tl.constexpr):
+    "act (R, F) = silu(x Wg^T) * (x Wu^T), a single row laid out for the product with Wd. Of the rows (2 F) of the stack a tile takes gate and up in turn"
+    F: tl.constexpr = M.N//2
+    HALF: tl.constexpr = M.BN//2
+    i, j = tl.arange(0, R)[None, :], tl.arange(0, M.BN)
+    for tile in range(grid[0], tl.cdiv(F, HALF), grid[1]):
+        _ahead_pair(matrix[0], (tile + grid[1])*HALF, M, AHEAD)
+        y = _product(matrix, x, sums, gain, unit, tl.minimum(tile*HALF + j//2, F - 1) + (j % 2)*F, m, one, M, eps, True, R)
+        gate, up = tl.split(tl.permute(tl.reshape(y, (HALF, 2, R)), (0, 2, 1)))
+        r = tile*HALF + tl.arange(0, HALF)
+        to = _place(r, DOWN.bits, DOWN.BK) if R == 1 else r
+        tl.store(act + i*F + to[:, None], gate*tl.sigmoid(gate)*up, mask=(r < F)[:, None] & (i < m))
+
+@triton.jit
+def _head_stage(grid, matrix, x, sums, gain, unit, best, best_id, p, m, inverse_temperature, seed, one, M: tl.constexpr, eps, SAMPLE: tl.constexpr,
+                R: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr):
+    "The best token that this program sees for each of the rows fed at places p, p + 1, …"
+    BN: tl.constexpr = M.BN
+    i = tl.arange(0, R)
+    top, top_id = tl.full((BN, R), float("-inf"), tl.float32), tl.full((BN, R), _NONE, tl.int32)
+    for tile in range(grid[0], tl.cdiv(M.N, M.BN), grid[1]):
+        r, y = _tile(grid, tile, matrix, x, sums, gain, unit, m, one, M, eps, True, R, AHEAD)
+        if SAMPLE: y = y*inverse_temperature + _gumbel(seed, r[:, None] + 0*i[None, :], p + i[None, :])
+        better = (y > top) & (r < M.N)[:, None]
+        top, top_id = tl.where(better, y, top), tl.where(better, r[:, None], top_id)
+    most = tl.max(top, 0)
+    tl.store(best + grid[0]*ROWS + i, most)
+    tl.store(best_id + grid[0]*ROWS + i, tl.min(tl.where(top == most[None, :], top_id, _NONE), 0))
+
+@triton.jit
+def _begin(grid, tokens, emb, to, best, best_id, picked, p, t, m, A: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BE: tl.constexpr, BP: tl.constexpr):
+    "Pick what token t - 1 is followed by; copy the embedding of what is fed at place p, everyone for itself: saves a barrier"
+    pid, programs = grid
+    D: tl.constexpr = A.hidden
+    if R == 1:
+        if t == 0: token = tl.load(tokens + p)
+        else:
+            token = _pick(best, best_id, 0, programs, ROWS, BP, A.vocab)
+            if pid == 0: tl.store(tokens + p, token)
+        for k in range(0, D, BE):
+            c = k + tl.arange(0, BE)
+            tl.store(to + c, tl.load(emb + token.to(tl.int64)*D + c).to(tl.float32))
+        tl.debug_barrier()
+    elif (t > 0) & (pid == 0):
+        for row in range(m): tl.store(picked + row, _pick(best, best_id, row, programs, ROWS, BP, A.vocab))
+
+@triton.jit
+def _next_matrix(pid, wqkv, wo, wgu, wd, head, stage, l, A: tl.constexpr, QKV: tl.constexpr, O: tl.constexpr, GU: tl.constexpr, DOWN: tl.constexpr, HEAD: tl.constexpr):
+    "Between arriving at a barrier and waiting: ask for the first tile of the next matrix that is not yet on its way. Stage 5 is the head"
+    k = l.to(tl.int64)
+    if stage == 5: _ahead(wqkv, pid*QKV.BN, QKV.N, QKV, QKV.BN, True)
+    elif stage == 0: _ahead(wo + k*(O.N*O.width), pid*O.BN, O.N, O, O.BN, True)
+    elif stage == 1: _ahead_pair(wgu + k*(GU.N*GU.width), pid*(GU.BN//2), GU, True)
+    elif stage == 2: _ahead(wd + k*(DOWN.N*DOWN.width), pid*DOWN.BN, DOWN.N, DOWN, DOWN.BN, True)
+    elif stage == 3:
+        if l + 1 < A.layers: _ahead(wqkv + (k + 1)*(QKV.N*QKV.width), pid*QKV.BN, QKV.N, QKV, QKV.BN, True)
+        else: _ahead(head, pid*HEAD.BN, HEAD.N, HEAD, HEAD.BN, True)
+
 # --------------------------------------------------------------------------------------------------------------------- the kernel
 
 @triton.jit(do_not_specialize=["pos", "n", "m", "lo", "hi", "seed", "one"])
 def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, sd, n1, n2, nf, head, shead, cos, sin,
                    keys, values, h, qkv, part, high, low, own, act, best, best_id, picked, barrier,
-                   pos, n, m, lo, hi, eps, scale, inverse_temperature, seed, one,
-                   L: tl.constexpr, D: tl.constexpr, H: tl.constexpr, KVH: tl.constexpr, HD: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
-                   T: tl.constexpr, BIAS: tl.constexpr, QK_NORM: tl.constexpr, SAMPLE: tl.constexpr, BITS: tl.constexpr, HEAD_BITS: tl.constexpr,
-                   R: tl.constexpr, ROWS: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr, BN_QKV: tl.constexpr, BN_O: tl.constexpr, BN_GU: tl.constexpr,
-                   BN_D: tl.constexpr, BN_HEAD: tl.constexpr, BK_QKV: tl.constexpr, BK_O: tl.constexpr, BK_GU: tl.constexpr, BK_D: tl.constexpr,
-                   BK_HEAD: tl.constexpr, S_QKV: tl.constexpr, S_O: tl.constexpr, S_GU: tl.constexpr, S_D: tl.constexpr, S_HEAD: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr,
-                   CHUNKS: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr):
-    "Stages lo..hi of n tokens fed one after the other (R = 1), or of m rows fed at once (R = ROWS, n = 1)"
-    programs = tl.num_programs(0)
-    pid = tl.program_id(0)
+                   pos, n, m, lo, hi, scale, inverse_temperature, seed, one,
+                   A: tl.constexpr, QKV: tl.constexpr, O: tl.constexpr, GU: tl.constexpr, DOWN: tl.constexpr, HEAD: tl.constexpr, SAMPLE: tl.constexpr,
+                   R: tl.constexpr, ROWS: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr, BG: tl.constexpr,
+                   BT: tl.constexpr, BP: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr):
+    "Stages lo..hi of n tokens fed one after the other (R = 1), or of m rows fed at once (R = ROWS, n = 1). A is the `Shape`, QKV, O, GU, DOWN, HEAD are `Cut`s"
+    pid, programs = tl.program_id(0), tl.num_programs(0)
     if REVERSE: pid = programs - 1 - pid
-    NQ: tl.constexpr = (H + 2*KVH)*HD
-    A: tl.constexpr = H*HD
-    WD: tl.constexpr = D if BITS >= 16 else D*BITS//32                            # elements a row of each matrix
-    WA: tl.constexpr = A if BITS >= 16 else A*BITS//32
-    WF: tl.constexpr = F if BITS >= 16 else F*BITS//32
-    HALF: tl.constexpr = BN_GU//2
-    i = tl.arange(0, R)
-    live = (i < m)[None, :]
-    mine = own + pid*OWN                                                          # a private copy of the embedding's row, and then of activations
-    x = mine + D
-    sums = x + max(2*D, ROWS*A)
+    grid = (pid, programs)
+    D: tl.constexpr = A.hidden
+    eps: tl.constexpr = A.eps
+    FP16: tl.constexpr = emb.dtype.element_ty == tl.float16
+    mine = own + pid*OWN                                                          # a private copy of the embedding's row (D,), …
+    x = mine + D                                                                  # … of activations as `_place` lays them out, or (ROWS, H HD) …
+    sums = x + max(2*D, ROWS*O.K)                                                 # … and of their sums
+    found = (part, high, low)
     for s in range(lo, hi):
-        t = s//(5*L + 1)
-        u = s - t*(5*L + 1)
+        t = s//(5*A.layers + 1)
+        u = s - t*(5*A.layers + 1)
         l = u//5
         stage = u - l*5
         p = pos + t
-        if u == 5*L:                                                              # ------------------------------------------- head
-            if R == 1:
-                _norm(h, nf, x, D, eps, HEAD_BITS, BK_HEAD, BE)
-                _sum_blocks(x, sums, D, HEAD_BITS)
-            top, top_id = tl.full((BN_HEAD, R), float("-inf"), tl.float32), tl.full((BN_HEAD, R), _NONE, tl.int32)
-            for tile in range(pid, tl.cdiv(V, BN_HEAD), programs):
-                _ahead(head, (tile + programs)*BN_HEAD, V, D, HEAD_BITS, BN_HEAD, AHEAD)
-                r = tile*BN_HEAD + tl.arange(0, BN_HEAD)
-                y = _product(head, shead, x if R == 1 else h, sums, nf, tl.minimum(r, V - 1), m, one, D, eps, True, HEAD_BITS, R, BN_HEAD, BK_HEAD, S_HEAD)
-                if SAMPLE: y = y*inverse_temperature + _gumbel(seed, r[:, None] + 0*i[None, :], p + i[None, :])
-                better = (y > top) & (r < V)[:, None]
-                top, top_id = tl.where(better, y, top), tl.where(better, r[:, None], top_id)
-            most = tl.max(top, 0)
-            tl.store(best + pid*ROWS + i, most)
-            tl.store(best_id + pid*ROWS + i, tl.min(tl.where(top == most[None, :], top_id, _NONE), 0))
-        elif stage == 0:                                                          # ------------------------------------------- norm, QKV
-            if l == 0:
-                if R == 1:
-                    if t == 0: token = tl.load(tokens + p)
-                    else:
-                        token = _pick(best, best_id, 0, programs, ROWS, BP, V)
-                        if pid == 0: tl.store(tokens + p, token)
-                    for k in range(0, D, BE):                                     # everyone a copy: saves a barrier
-                        c = k + tl.arange(0, BE)
-                        tl.store(mine + c, tl.load(emb + token.to(tl.int64)*D + c).to(tl.float32))
-                    tl.debug_barrier()
-                elif (t > 0) & (pid == 0):
-                    for row in range(m): tl.store(picked + row, _pick(best, best_id, row, programs, ROWS, BP, V))
+        if u == 5*A.layers:
+            y, unit = _normed(h, nf, x, sums, m, HEAD, eps, FP16, R, BE)
+            _head_stage(grid, (head, shead), y, sums, nf, unit, best, best_id, p, m, inverse_temperature, seed, one, HEAD, eps, SAMPLE, R, ROWS, AHEAD)
+        elif stage == 0:
+            if l == 0: _begin(grid, tokens, emb, mine, best, best_id, picked, p, t, m, A, R, ROWS, BE, BP)
             if t < n:
-                if R == 1:
-                    before = h
-                    if l == 0: before = mine
-                    _norm(before, n1 + l*D, x, D, eps, BITS, BK_QKV, BE)
-                    _sum_blocks(x, sums, D, BITS)
-                w = wqkv + l.to(tl.int64)*(NQ*WD)
-                for tile in range(pid, tl.cdiv(NQ, BN_QKV), programs):
-                    _ahead(w, (tile + programs)*BN_QKV, NQ, D, BITS, BN_QKV, AHEAD)
-                    r = tile*BN_QKV + tl.arange(0, BN_QKV)
-                    y = _product(w, sqkv + l.to(tl.int64)*(NQ if BITS == 8 else NQ*(D//128)), x if R == 1 else h, sums, n1 + l*D, tl.minimum(r, NQ - 1), m, one, D, eps, True,
-                                 BITS, R, BN_QKV, BK_QKV, S_QKV)
-                    if BIAS: y += tl.load(bqkv + l*NQ + r, mask=r < NQ, other=0.).to(tl.float32)[:, None]
-                    tl.store(qkv + i[None, :]*NQ + r[:, None], y, mask=(r < NQ)[:, None] & live)
-        elif stage == 1:                                                          # ------------------------------------------- attention
-            per = tl.maximum(tl.cdiv(tl.cdiv(p, SPLITS), BT), 1)*BT
-            splits = tl.maximum(tl.cdiv(p, per), 1)
-            for unit in range(pid, KVH*splits*CHUNKS, programs):
-                _attend(qkv, qn, kn, keys, values, cos, sin, part, high, low, l, unit//CHUNKS//splits, unit//CHUNKS % splits, unit % CHUNKS, per, p, m, eps, scale,
-                        H, KVH, HD, T, SPLITS, QK_NORM, BG, BT)
-        elif stage == 2:                                                          # ------------------------------------------- output
-            per = tl.maximum(tl.cdiv(tl.cdiv(p, SPLITS), BT), 1)*BT
-            _combine(part, high, low, x, m, tl.maximum(tl.cdiv(p, per), 1), H, HD, SPLITS, R, BITS, BK_O, BC)
-            if R == 1: _sum_blocks(x, sums, A, BITS)
-            w = wo + l.to(tl.int64)*(D*WA)
-            for tile in range(pid, tl.cdiv(D, BN_O), programs):
-                _ahead(w, (tile + programs)*BN_O, D, A, BITS, BN_O, AHEAD)
-                r = tile*BN_O + tl.arange(0, BN_O)
-                y = _product(w, so + l.to(tl.int64)*(D if BITS == 8 else D*(A//128)), x, sums, n1, tl.minimum(r, D - 1), m, one, A, eps, False, BITS, R,
-                             BN_O, BK_O, S_O)
-                ok = (r < D)[:, None] & live
-                if R == 1:
-                    stream = h
-                    if l == 0: stream = mine
-                    y += tl.load(stream + i[None, :]*D + r[:, None], mask=ok, other=0.)
-                else: y += tl.load(h + i[None, :]*D + r[:, None], mask=ok, other=0.)
-                tl.store(h + i[None, :]*D + r[:, None], y, mask=ok)
-        elif stage == 3:                                                          # ------------------------------------------- norm, gate, up
-            if R == 1:
-                _norm(h, n2 + l*D, x, D, eps, BITS, BK_GU, BE)
-                _sum_blocks(x, sums, D, BITS)
-            w = wgu + l.to(tl.int64)*(2*F*WD)
-            for tile in range(pid, tl.cdiv(F, HALF), programs):
-                _ahead(w, (tile + programs)*HALF, F, D, BITS, HALF, AHEAD)
-                _ahead(w + F*WD, (tile + programs)*HALF, F, D, BITS, HALF, AHEAD)
-                j = tl.arange(0, BN_GU)                                           # gate and up take turns
-                y = _product(w, sgu + l.to(tl.int64)*(2*F if BITS == 8 else 2*F*(D//128)), x if R == 1 else h, sums, n2 + l*D, tl.minimum(tile*HALF + j//2, F - 1) + (j % 2)*F,
-                             m, one, D, eps, True, BITS, R, BN_GU, BK_GU, S_GU)
-                gate, up = tl.split(tl.permute(tl.reshape(y, (HALF, 2, R)), (0, 2, 1)))
-                r = tile*HALF + tl.arange(0, HALF)
-                to = _place(r, BITS, BK_D) if R == 1 else r
-                tl.store(act + i[None, :]*F + to[:, None], gate*tl.sigmoid(gate)*up, mask=(r < F)[:, None] & live)
-        else:                                                                     # ------------------------------------------- down
-            if R == 1: _sum_blocks(act, sums, F, BITS)
-            w = wd + l.to(tl.int64)*(D*WF)
-            for tile in range(pid, tl.cdiv(D, BN_D), programs):
-                _ahead(w, (tile + programs)*BN_D, D, F, BITS, BN_D, AHEAD)
-                r = tile*BN_D + tl.arange(0, BN_D)
-                y = _product(w, sd + l.to(tl.int64)*(D if BITS == 8 else D*(F//128)), act, sums, n1, tl.minimum(r, D - 1), m, one, F, eps, False, BITS, R, BN_D, BK_D, S_D)
-                ok = (r < D)[:, None] & live
-                tl.store(h + i[None, :]*D + r[:, None], y + tl.load(h + i[None, :]*D + r[:, None], mask=ok, other=0.), mask=ok)
+                before = h
+                if (R == 1) & (l == 0): before = mine
+                y, unit = _normed(before, n1 + l*D, x, sums, m, QKV, eps, FP16, R, BE)
+                _qkv_stage(grid, _layer(wqkv, sqkv, l, QKV), y, sums, n1 + l*D, unit, bqkv + l*QKV.N, qkv, m, one, QKV, eps, A.qkv_bias, R, AHEAD)
+        elif stage == 1: _attention_stage(grid, qkv, (qn, kn), (keys, values), (cos, sin), found, l, p, m, scale, A, SPLITS, BG, BT)
+        elif stage == 2:
+            _combine(found, x, m, _parts(p, SPLITS, BT)[1], A.heads, A.head_dim, O, SPLITS, R, BC)
+            if R == 1: _sums(x, sums, O)
+            stream = h
+            if (R == 1) & (l == 0): stream = mine
+            _add_stage(grid, _layer(wo, so, l, O), x, sums, stream, h, m, one, O, R, AHEAD)
+        elif stage == 3:
+            y, unit = _normed(h, n2 + l*D, x, sums, m, GU, eps, FP16, R, BE)
+            _gate_up_stage(grid, _layer(wgu, sgu, l, GU), y, sums, n2 + l*D, unit, act, m, one, GU, DOWN, eps, R, AHEAD)
+        else:
+            if R == 1: _sums(act, sums, DOWN)
+            _add_stage(grid, _layer(wd, sd, l, DOWN), act, sums, h, h, m, one, DOWN, R, AHEAD)
         if s + 1 < hi:
             arrival = grid_arrive(barrier)
-            if AHEAD:                                                             # the first tile of the next matrix that is not yet on its way
-                k = l.to(tl.int64)
-                if u == 5*L: _ahead(wqkv, pid*BN_QKV, NQ, D, BITS, BN_QKV, AHEAD)
-                elif stage == 0: _ahead(wo + k*(D*WA), pid*BN_O, D, A, BITS, BN_O, AHEAD)
-                elif stage == 1:
-                    _ahead(wgu + k*(2*F*WD), pid*HALF, F, D, BITS, HALF, AHEAD)
-                    _ahead(wgu + k*(2*F*WD) + F*WD, pid*HALF, F, D, BITS, HALF, AHEAD)
-                elif stage == 2: _ahead(wd + k*(D*WF), pid*BN_D, D, F, BITS, BN_D, AHEAD)
-                elif stage == 3:
-                    if l + 1 < L: _ahead(wqkv + (k + 1)*(NQ*WD), pid*BN_QKV, NQ, D, BITS, BN_QKV, AHEAD)
-                    else: _ahead(head, pid*BN_HEAD, V, D, HEAD_BITS, BN_HEAD, AHEAD)
+            if AHEAD: _next_matrix(pid, wqkv, wo, wgu, wd, head, 5 if u == 5*A.layers else stage, l, A, QKV, O, GU, DOWN, HEAD)
             grid_wait(barrier, arrival)
 
 # ---------------------------------------------------------------------------------------------------------------------- the launch
@@ -518,26 +622,33 @@ def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, 
 NOMINAL = 132 if not interpreted(_decode_kernel) else 4 # multiprocessors that tiles are cut for (an H100 or H200), on every GPU: no sum depends on the grid
 TILE = 160 << 10 # bytes of a matrix that a program works on at a time: for all, twice 20 of an H200's 50 MiB of L2
 KINDS = {"int8": 8, "int4-g128": 4} # bits a weight
+DTYPES = (torch.float32, torch.bfloat16, torch.float16) # of what is not quantised
 WARPS = 8 # a program: one program fills a multiprocessor
+#: of every launch, and of `aot_cases`. Also a launch of one stage is cooperative, so that one compilation serves both; fused multiply-adds do not hang on Triton's default
+OPTIONS = dict(num_warps=WARPS, num_stages=2, launch_cooperative_grid=True, enable_fp_fusion=True)
 
-def _own(s: Shape) -> int: # numbers that a program keeps to itself: a row of the embedding, activations, their sums
+def _own(s: Shape) -> int: # numbers that a program keeps to itself: a row of the embedding (D,), activations (2 D,) or (ROWS, H HD), their sums (K/128,); whole lines of 128 bytes
     A = s.heads*s.head_dim
     return triton.cdiv(s.hidden + max(2*s.hidden, ROWS*A) + triton.cdiv(max(s.hidden, A, s.ffn), 128), 32)*32
+
+def _splits(s: Shape) -> int: # of a head's cache
+    return max(NOMINAL//s.kv_heads, 1)
 
 def _divisor(n: int, most: int) -> int: # the largest power of two that divides n, at most `most`
     return min(n & -n, most)
 
-def _tile(N: int, words: int) -> int: # rows; of 32-bit words
-    """Rows a tile: what keeps a full grid busiest, where the sum over threads at a tile's end costs about as much as a row; the larger of equals. Not so few that a
-    thread has no four words to read, nor so many that two tiles a program, the one at work and the one prefetched, crowd the L2 cache"""
+def _tile_rows(N: int, words: int) -> int: # rows; of 32-bit words
+    """Rows a tile: what keeps a full grid busiest, where a tile's end, with the sum over threads, costs as much as 2048 words: half a row that is long, several that are
+    short; the larger of equals. Not so few that a thread has no four words to read, nor so many that two tiles a program, the one at work and the one prefetched, crowd
+    the L2 cache"""
     least, most = min(16, max(4, triton.next_power_of_2(triton.cdiv(1024, words)))), max(4, TILE//(4*words))
-    return min((b for b in (16, 8, 4) if least <= b <= max(most, least)), key=lambda b: (triton.cdiv(triton.cdiv(N, b), NOMINAL)*(b + 1), -b))
+    return min((b for b in (16, 8, 4) if least <= b <= max(most, least)), key=lambda b: (triton.cdiv(triton.cdiv(N, b), NOMINAL)*(b + 2048/words), -b))
 
 def _columns(K: int, bits: int, rows: int, tile: int) -> tuple[int, int]: # words (numbers for `_rows`) a step along a row; slices of `_rows`
+    """One to four times four words a thread, so many that the least is left empty in the last step, the larger of equals"""
     if rows > 1: return (128*bits//32, 8) if bits < 16 else (_divisor(K, 32), 8)
-    most, words = 4096//tile, K*bits//32
-    if (even := _divisor(words, most))*tile >= 1024: return even, 1
-    return min(most, triton.next_power_of_2(words)), 1                            # the last step is masked
+    words = K*bits//32
+    return min((min(n//tile, triton.next_power_of_2(words)) for n in (4096, 2048, 1024)), key=lambda b: (triton.cdiv(words, b)*b, -b)), 1
 
 def _bits(w: torch.Tensor | Quantised) -> int:
     return KINDS[w.kind] if isinstance(w, Quantised) else 8*w.element_size()
@@ -545,29 +656,30 @@ def _bits(w: torch.Tensor | Quantised) -> int:
 @lru_cache(maxsize=64)
 def _constants(shape: Shape, bits: int, head_bits: int, rows: int, splits: int, programs: int, *, sample: bool = False, ahead: bool = False, reverse: bool = False) -> dict:
     "What the kernel is compiled with. Not to be changed"
-    s = shape
-    A, R = s.heads*s.head_dim, 1 if rows == 1 else ROWS
-    sizes = dict(QKV=((s.heads + 2*s.kv_heads)*s.head_dim, s.hidden, bits), O=(s.hidden, A, bits), GU=(2*s.ffn, s.hidden, bits), D=(s.hidden, s.ffn, bits),
-                 HEAD=(s.vocab, s.hidden, head_bits))
-    tiles = {}
-    for name, (N, K, b) in sizes.items():
-        tiles[f"BN_{name}"] = tile = _tile(N, K*b//32) if R == 1 else 16
-        tiles[f"BK_{name}"], tiles[f"S_{name}"] = _columns(K, b, R, tile)
-    group = triton.next_power_of_2(s.heads//s.kv_heads)
-    return dict(L=s.layers, D=s.hidden, H=s.heads, KVH=s.kv_heads, HD=s.head_dim, F=s.ffn, V=s.vocab, T=s.max_len, BIAS=s.qkv_bias, QK_NORM=s.qk_norm,
-                SAMPLE=sample, BITS=bits, HEAD_BITS=head_bits, R=R, ROWS=ROWS, OWN=_own(s), SPLITS=splits, BC=_divisor(A, 1024), BE=_divisor(s.hidden, 1024),
-                CHUNKS=max(1, R*group//16), BG=group, BT=min(max(triton.next_power_of_2(s.max_len)//64, 16), 64), BP=max(2, triton.next_power_of_2(programs)),
-                AHEAD=ahead, REVERSE=reverse) | tiles
+    s, R = shape, 1 if rows == 1 else ROWS
+    cuts = {}
+    for name, (N, K) in _sizes(s).items():
+        b = head_bits if name == "head" else bits
+        tile = _tile_rows(N, K*b//32) if R == 1 else 16
+        cuts[name] = Cut(N, K, b, tile, *_columns(K, b, R, tile))
+    return dict(zip(("QKV", "O", "GU", "DOWN", "HEAD"), cuts.values())) | dict(
+        A=s, SAMPLE=sample, R=R, ROWS=ROWS, OWN=_own(s), SPLITS=splits, BC=_divisor(s.heads*s.head_dim, 1024), BE=_divisor(s.hidden, 1024),
+        BG=triton.next_power_of_2(s.heads//s.kv_heads), BT=min(max(triton.next_power_of_2(s.max_len)//64, 16), 64), BP=max(2, triton.next_power_of_2(programs)),
+        AHEAD=ahead, REVERSE=reverse)
 
 def allocate(shape: Shape, # of the model
              *, device: torch.device | str = "cpu", # where
              dtype: torch.dtype = torch.float32, # of the cache
              programs: int | None = None, # most programs that a launch will have; None is one a multiprocessor, 8 on a CPU
-             splits: int = 16, # most parts that a head's cache is cut into
+             splits: int | None = None, # most parts that a head's cache is cut into; None is as many as give each of `NOMINAL` programs one
             ) -> Buffers: # uninitialised, but for the barrier
-    "Buffers for one sequence."
+    """Buffers for one sequence.
+
+    `allocate(shape, splits=1)` has each key head's cache read by one program, in one piece; `splits=4` by up to four, each a quarter of the places that are there,
+    so that their sum is made in another order. All launches of a text want the same buffers."""
     s, device = shape, torch.device(device)
     if programs is None: programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    splits = _splits(s) if splits is None else splits
     new = lambda *size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=device)
     cache = (s.layers, s.kv_heads, s.max_len, s.head_dim)
     return Buffers(keys=new(*cache, dtype=dtype), values=new(*cache, dtype=dtype), h=new(ROWS, s.hidden), qkv=new(ROWS, (s.heads + 2*s.kv_heads)*s.head_dim),
@@ -587,6 +699,8 @@ def why_not(shape: Shape, # of the model
     if s.heads % s.kv_heads or s.heads//s.kv_heads > 16: return f"1 to 16 query heads a key head wanted, got {s.heads} and {s.kv_heads}"
     least = 16 if interpreted(_decode_kernel) else 32                             # a tensor core takes 16 numbers of half a head
     if s.head_dim & (s.head_dim - 1) or not least <= s.head_dim <= 256: return f"the head dim must be a power of two from {least} to 256, got {s.head_dim}"
+    for name, w in [("emb", weights.emb), *_matrices(weights).items()]:
+        if not isinstance(w, Quantised) and w.dtype not in DTYPES: return f"{name}: numbers of {', '.join(map(str, DTYPES))} wanted, got {w.dtype}"
     if len({_bits(w) for w in body}) > 1 or len({isinstance(w, Quantised) for w in body}) > 1: return "the matrices of the layers must all be of one kind"
     for name, w in _matrices(weights).items():
         N, K = _sizes(s)[name]
@@ -637,7 +751,10 @@ def decode(shape: Shape, # of the model
            backend: str = "auto", # "persistent": one launch; "staged": a launch a stage, no barrier; "auto": persistent on a GPU, else staged
           ) -> torch.Tensor: # int32 successors: (n,) written to `tokens` too, or (rows,) if rows > 1
     """Run `n` tokens, or `rows` at once, through the whole decoder. Nothing is copied to the host. Raises `ValueError` if shapes do not fit, or
-    if the cache would overflow."""
+    if the cache would overflow.
+
+    Stage 5l + u is stage u of layer l, 5L the head, 5L + 1 begins with the next token: `stages=(5*l, 5*l + 1)` runs norm and QKV of layer l alone, with what
+    is in the buffers; `stages=(0, 5)` and then `stages=(5, 5*L + 2)` leave what one launch leaves."""
     if backend not in ("auto", "persistent", "staged"): raise ValueError(f"backend must be auto, persistent or staged, got {backend!r}")
     if reason := why_not(shape, weights): raise ValueError(reason)
     _check(shape, weights)
@@ -646,6 +763,7 @@ def decode(shape: Shape, # of the model
     if pos < 0 or pos + n*rows > shape.max_len: raise ValueError(f"places {pos} to {pos + n*rows - 1} do not fit a cache of {shape.max_len}")
     if tokens.shape != (shape.max_len + 1,) or tokens.dtype != torch.int32: raise ValueError(f"tokens must be int32 ({shape.max_len + 1},), got {tokens.dtype} {tuple(tokens.shape)}")
     if sampler is not None and not sampler.temperature > 0: raise ValueError(f"the temperature must be positive, got {sampler.temperature}; greedy is sampler=None")
+    if sampler is not None and not 0 <= sampler.seed < 2**63: raise ValueError(f"the seed must lie in 0..2**63 - 1, got {sampler.seed}")
     if backend == "auto": backend = "persistent" if weights.emb.is_cuda else "staged"
     every = (0, n*(5*shape.layers + 1) + 1 if head else 5*shape.layers)
     first, last = stages or every
@@ -673,8 +791,8 @@ def _launch(shape: Shape, weights: Weights, buffers: Buffers, tokens: torch.Tens
     with torch.cuda.device_of(w.emb):
         _decode_kernel[programs,](tokens, w.emb, wqkv, sqkv, given(w.bqkv), given(w.qn), given(w.kn), wo, so, wgu, sgu, wd, sd, w.n1, w.n2, w.nf, head, shead,
                                   w.cos, w.sin, b.keys, b.values, b.h, b.qkv, b.part, b.high, b.low, b.own, b.act, b.best, b.best_id, b.picked, b.barrier,
-                                  pos, n, rows, *span, shape.eps, (shape.scale or shape.head_dim**-.5)*1.4426950408889634, 1/sampler.temperature, sampler.seed, 0x3F800000,
-                                  **constants, num_warps=WARPS, num_stages=2, launch_cooperative_grid=span[1] - span[0] > 1)
+                                  pos, n, rows, *span, (shape.scale or shape.head_dim**-.5)*1.4426950408889634, 1/sampler.temperature, sampler.seed, 0x3F800000,
+                                  **constants, **OPTIONS)
 
 def gumbel(seed: int, # of the sampler
            place: int, # where the token was fed whose successor is drawn
@@ -692,27 +810,77 @@ def gumbel(seed: int, # of the sampler
 
 # ------------------------------------------------------------------------------------------------ ahead-of-time compilation
 
-#: real shapes: 1B and 8B of Llama 3, 1.5B of Qwen 2.5
-MODELS = {"1B": Shape(16, 2048, 32, 8, 64, 8192, 128256, 8192), "1.5B": Shape(28, 1536, 12, 2, 128, 8960, 151936, 8192, qkv_bias=True),
-          "8B": Shape(32, 4096, 32, 8, 128, 14336, 128256, 8192)}
+def _published(layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: int, vocab: int, **more) -> Shape: # with room for 8192 tokens
+    return Shape(layers, hidden, heads, kv_heads, head_dim, ffn, vocab, 8192, **more)
 
-def aot_cases(models: tuple[str, ...] = ("1B", "1.5B", "8B"), # of `MODELS`
-              kinds: tuple[str, ...] = ("bf16",), # "bf16", "int8", "int4-g128" (with an int8 head)
+#: shapes of published models, under their names
+MODELS = {"Llama-3.2-1B": _published(16, 2048, 32, 8, 64, 8192, 128256), "Qwen2.5-1.5B": _published(28, 1536, 12, 2, 128, 8960, 151936, eps=1e-6, qkv_bias=True),
+          "Llama-3.1-8B": _published(32, 4096, 32, 8, 128, 14336, 128256), "Qwen3-8B": _published(36, 4096, 32, 8, 128, 12288, 151936, eps=1e-6, qk_norm=True)}
+
+def aot_cases(models: tuple[str, ...] = ("Llama-3.2-1B", "Qwen2.5-1.5B", "Llama-3.1-8B"), # of `MODELS`
+              kinds: tuple[str, ...] = ("bf16",), # "bf16", "fp16", "fp32", "int8", "int4-g128" (with an int8 head); what is not packed is bf16 there
               rows: tuple[int, ...] = (1,), # 1, or more for the form that verifies and reads prompts
               sm: int = 90, # compute capability times ten
+              sample: bool = False, # the form that draws tokens
              ) -> list: # of `aot.Case`: the kernel as it is launched
     "What `rlcr_suite.kernels.aot` compiles"
+    return [_case(model, kind, r, sm, sample) for model in models for kind in kinds for r in rows]
+
+def _case(model: str, kind: str, rows: int, sm: int, sample: bool):
+    "One of them"
     from .aot import Case
-    found = []
-    for model in models:
-        for kind in kinds:
-            for r in rows:
-                bits, head_bits = {"bf16": (16, 16), "int8": (8, 8), "int4-g128": (4, 8)}[kind]
-                constants = _constants(MODELS[model], bits, head_bits, r, 16, NOMINAL, ahead=sm >= 90)
-                types = dict.fromkeys(("tokens", "best_id", "picked", "barrier"), "*i32") | dict.fromkeys(("emb", "bqkv", "qn", "kn", "n1", "n2", "nf", "keys", "values"), "*bf16")
-                types |= dict.fromkeys(("wqkv", "wo", "wgu", "wd"), "*bf16" if bits == 16 else "*i32") | dict(head="*bf16" if head_bits == 16 else "*i32")
-                types |= dict.fromkeys(("sqkv", "so", "sgu", "sd"), "*fp16" if bits == 4 else "*fp32") | dict(shead="*fp32")
-                types |= dict.fromkeys(("pos", "n", "m", "lo", "hi", "seed", "one"), "i32") | dict.fromkeys(("eps", "scale", "inverse_temperature"), "fp32")
-                found.append(Case(f"{model} {kind}" + f" {r} rows"*(r > 1), _decode_kernel, {a: types.get(a, "*fp32") for a in _decode_kernel.arg_names if a not in constants},
-                                  constants, WARPS, 2, options=dict(launch_cooperative_grid=True)))
-    return found
+    s, dtype, fixed = MODELS[model], kind if kind in ("fp16", "fp32") else "bf16", ("num_warps", "num_stages")
+    bits, head_bits = {"fp32": (32, 32), "int8": (8, 8), "int4-g128": (4, 8)}.get(kind, (16, 16))
+    constants = _constants(s, bits, head_bits, rows, _splits(s), NOMINAL, sample=sample, ahead=sm >= 90)
+    types = dict.fromkeys(("tokens", "best_id", "picked", "barrier"), "*i32") | dict.fromkeys(("emb", "bqkv", "qn", "kn", "n1", "n2", "nf", "keys", "values"), "*" + dtype)
+    types |= dict.fromkeys(("wqkv", "wo", "wgu", "wd"), "*" + dtype if bits >= 16 else "*i32") | dict(head="*" + dtype if head_bits >= 16 else "*i32")
+    types |= dict.fromkeys(("sqkv", "so", "sgu", "sd"), "*fp16" if bits == 4 else "*fp32") | dict(shead="*fp32")
+    types |= dict.fromkeys(("pos", "n", "m", "lo", "hi", "seed", "one"), "i32") | dict.fromkeys(("scale", "inverse_temperature"), "fp32")
+    signature = {a: types.get(a, "*fp32") for a in _decode_kernel.arg_names if a not in constants}
+    return Case(f"{model} {kind}" + f" {rows} rows"*(rows > 1) + " sampled"*sample, _decode_kernel, signature, constants, *map(OPTIONS.get, fixed),
+                options={k: v for k, v in OPTIONS.items() if k not in fixed})
+
+#: instructions a weight of an innermost loop, by the bits of a weight: what the best loops of each kind cost when written by themselves
+BUDGET = {16: 3.7, 8: 4.2, 4: 4.3}
+
+@lru_cache(maxsize=1)
+def _stage_lines() -> dict: # name -> first and last line, in this file, of each stage
+    parts = ast.parse(Path(__file__).read_text(encoding="utf-8")).body
+    return {f.name: (f.lineno, f.end_lineno) for f in parts if isinstance(f, ast.FunctionDef) and f.name.endswith("_stage")}
+
+def _innermost(compiled) -> list: # of an `aot.Compiled`: instructions, and the stage whose code follows, of each innermost loop in the code's order
+    from .aot import _on_cubin, _tool
+    code, label, spans, line = [], {}, [], 0
+    text = _on_cubin([_tool("nvdisasm"), "-c", "-g"], compiled.cubin)
+    for name, number, instruction in re.findall(r"^(\.L_\w+:)|^\s*//## File.* line (\d+)|^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", text, re.M):
+        if name: label[name[:-1]] = len(code)
+        elif number: line = int(number)
+        else:
+            to = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction)
+            if to and label.get(to[1], len(code)) < len(code): spans.append((label[to[1]], len(code) + 1))
+            code.append((instruction, line))
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    stage = lambda first: next((name for _, line in code[first:] for name, (a, b) in _stage_lines().items() if a <= line <= b), None)
+    return [([x for x, _ in code[first:last]], stage(first)) for first, last in inner]
+
+def weight_costs(compiled, # `aot.Compiled` of …
+                 case, # … one of `aot_cases`
+                ) -> dict[str, float]: # QKV, O, GU, DOWN, HEAD -> instructions a weight
+    """What a thread issues for a weight in the innermost loop over each matrix. Weights are those that are there, not those that a last step is padded with. With one
+    row these are the loops that read with *evict first*; with several, those that use tensor cores, but for that over the cache, which has exponentials.
+    Raises `ValueError` where the machine code has not one such loop for each matrix."""
+    rows, threads = case.constexprs["R"] > 1, 32*compiled.num_warps
+    read = lambda loop: sum(int(m[1] or 32)//8 for x in loop if (m := re.search(r"LDG\.E\.EF(?:\.CONSTANT)?(?:\.(64|128))?", x))) # bytes a trip
+    multiplies = lambda loop: any("HMMA" in x for x in loop) and not any("MUFU.EX2" in x for x in loop)
+    loops = [(loop, stage) for loop, stage in _innermost(compiled) if (multiplies if rows else read)(loop)]
+    adds = iter(("O", "DOWN"))                                                    # both are in `_add_stage`
+    names = [dict(_head_stage="HEAD", _qkv_stage="QKV", _gate_up_stage="GU").get(stage) or next(adds, None) for _, stage in loops]
+    cuts = {name: case.constexprs[name] for name in ("QKV", "O", "GU", "DOWN", "HEAD")}
+    if set(names) != set(cuts) or len(names) != len(cuts): raise ValueError(f"{compiled.label}: a loop for each of {', '.join(cuts)} wanted, found {names}")
+    def weights(name, loop): # a trip, a thread
+        m = cuts[name]
+        if rows: return m.S*m.BK*m.BN/threads*(32//m.bits if m.bits < 16 else 1)
+        tile, size = m.BN*m.K*m.bits/8/threads, read(loop)                        # bytes; a loop may go over a row, or, where rows are short, over tiles
+        if size < tile and tile % size and not m.K*m.bits//32 % m.BK: raise ValueError(f"{compiled.label}: the loop over {name} reads {size} bytes of {tile:g}")
+        return min(size, tile)*8/m.bits
+    return {name: len(loop)/weights(name, loop) for name, (loop, _) in zip(names, loops)}

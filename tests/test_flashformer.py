@@ -1,6 +1,7 @@
 """The decoder of FlashFormer against an independent float64 decoder and `model.generate`, on small Llama, Qwen2 and Qwen3 checkpoints; drafts, going back, end tokens,
 sampling, packed weights, memory and refusals. The kernel itself has tests of its own; here it is seen to be what the library calls."""
-import math, os, subprocess, sys
+import contextlib, copy, json, math, os, subprocess, sys
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import (GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
 from rlcr_suite.core.lm import byte_tokenizer, num_parameters, save
-from rlcr_suite.flashformer import Decoder, Sampler, cli, decoder as decoder_module, dequantise, plan as plan_module, quantise
+from rlcr_suite.flashformer import GPUS, MODELS, Decoder, Sampler, cli, decoder as decoder_module, dequantise, plan as plan_module, quant as quant_module, quantise
 from rlcr_suite.flashformer.bandwidth import traffic
 from rlcr_suite.flashformer.plan import Plan
 from rlcr_suite.kernels.flashformer import Quantised
@@ -180,10 +181,20 @@ def test_packed_bits_lie_where_the_kernel_looks(kind, bits):
 
 @pytest.mark.parametrize("quant", ("int8", "int4-g128"))
 def test_quantised_text_is_that_of_the_dequantised_model(models, quant):
-    d = Decoder.from_hf(models["llama"], quant)
-    plain = d.weights._replace(**{k: dequantise(x) for k, x in d.weights._asdict().items() if isinstance(x, Quantised)})
+    "transformers, with the matrices that the packed ones stand for"
+    d, m, w = Decoder.from_hf(models["llama"], quant), copy.deepcopy(models["llama"]), None
+    w, kv = d.weights, 2*16
+    with torch.no_grad():
+        m.lm_head.weight.copy_(dequantise(w.head))
+        for l, layer in enumerate(m.model.layers):
+            cut = lambda q, sizes: dequantise(Quantised(q.packed[l], q.scales[l], q.kind)).split(sizes)
+            a, f = layer.self_attn, layer.mlp
+            parts = [*zip((a.q_proj, a.k_proj, a.v_proj), cut(w.wqkv, [128, kv, kv])), *zip((f.gate_proj, f.up_proj), cut(w.wgu, [256, 256])), (a.o_proj, *cut(w.wo, [128])), (f.down_proj, *cut(w.wd, [128]))]
+            for to, x in parts: to.weight.copy_(x)
+    ids, got = text(15), d.generate(text(15), 40)
+    assert torch.equal(got[None], m.generate(ids[None], max_new_tokens=40, do_sample=False))
+    assert not torch.equal(got, Decoder.from_hf(models["llama"]).generate(ids, 40))   # and that is another text than the model's own
     assert {k for k, x in d.weights._asdict().items() if isinstance(x, Quantised)} == {"wqkv", "wo", "wgu", "wd", "head"}
-    assert torch.equal(d.generate(text(15), 40), Decoder(d.shape, plain).generate(text(15), 40))
 
 # ----------------------------------------------------------------------------------------------------------------- plans, memory
 
@@ -195,6 +206,62 @@ def test_a_token_reads_every_parameter_once(models, kind):
     assert sum(traffic(s, itemsize=4).values()) == 4*(num_parameters(m) - unread + s.hidden)
     p = Plan(s, itemsize=4, context=10)
     assert p.bytes - Plan(s, itemsize=4).bytes == 4*10*2*s.layers*s.kv_heads*s.head_dim and p.barriers == 5*s.layers + 1
+
+def test_slices_of_a_matrix_are_quantised_as_the_whole(monkeypatch):
+    w = torch.randn(3, 40, 256, generator=torch.Generator().manual_seed(0))
+    for kind in ("int8", "int4-g128"):
+        whole = quantise(w, kind)
+        with monkeypatch.context() as m:
+            m.setattr(quant_module, "SLICE", 7*256)                             # seven rows, and a last slice of one
+            assert all(map(torch.equal, quantise(w, kind)[:2], whole[:2]))
+
+def test_memory_while_weights_are_read(models, tmp_path, monkeypatch):
+    "The copy of a matrix and a slice's integers; of a checkpoint, all of it on the CPU, also where the decoder will be elsewhere"
+    s, free, none = Decoder.from_hf(models["llama"]).shape, 10**15, torch.device("cuda")
+    big = MODELS["Llama-3.1-8B"].shape
+    assert plan_module.working(big, "int8") == 2*128256*4096 + 40*quant_module.SLICE and plan_module.working(big) == 2*2*14336*4096
+    held = plan_module.footprint(s, "int8", 4, False)
+    monkeypatch.setattr(plan_module, "free_memory", lambda device: sum(held.values()) + 1000)
+    with pytest.raises(ValueError, match="while weights are read"): Decoder.from_hf(models["llama"], "int8")
+    need = plan_module.loading(big, None, 2, False, none)
+    assert need["work"] == 0 and abs(need["checkpoint"] - 16.06e9) < 1e7
+    assert plan_module.loading(big, None, 2, False, torch.device("cpu"))["work"] > 32*2*14336*4096*2
+    save(models["llama"], byte_tokenizer(), tmp_path/"m")
+    plain = plan_module.footprint(s, None, 4, False)
+    monkeypatch.setattr(plan_module, "free_memory", lambda device: sum(plain.values()) + plan_module.working(s, None, 4) + 1000)
+    monkeypatch.setattr(decoder_module, "weights_of", lambda *a, **k: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match="for the checkpoint, which is read whole"): Decoder.from_hf(tmp_path/"m", device="cpu")
+
+def test_stages_are_timed_without_python():
+    "On a GPU: called once to compile and once to record; what is timed is the recording"
+    calls, replays = [], []
+    class Graph:
+        def replay(self): replays.append(1)
+    with pytest.MonkeyPatch.context() as m:
+        for name, x in dict(CUDAGraph=Graph, graph=lambda g: contextlib.nullcontext(), synchronize=lambda d: None).items(): m.setattr(torch.cuda, name, x)
+        on = SimpleNamespace(tokens=SimpleNamespace(is_cuda=True, device="cuda"), backend="persistent")
+        f = decoder_module._recorded(on, lambda: calls.append(1))
+        for _ in range(6): f()
+    assert len(calls) == 2 and len(replays) == 6
+    g = lambda: None
+    assert decoder_module._recorded(SimpleNamespace(tokens=SimpleNamespace(is_cuda=False), backend="reference"), g) is g
+
+def test_ten_copies_are_timed_at_once_on_a_gpu(monkeypatch):
+    timed = []
+    monkeypatch.setattr(cli, "_timed", lambda f, device: timed.append(len(f() or ())) or 1e-2)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: torch.zeros(4, dtype=dtype))
+    assert cli.copied(torch.device("cuda"), 1000, 3) == 2*1000*10/1e-2 and timed == [10]*4
+    assert cli.copied(torch.device("cpu"), 1000, 3) == 2*1000/1e-2
+
+def test_numbers_that_the_kernel_does_not_take_fall_back(models, monkeypatch):
+    d = Decoder.from_hf(models["llama"])
+    on_gpu = SimpleNamespace(emb=SimpleNamespace(is_cuda=True))
+    monkeypatch.setattr(decoder_module, "why_not", lambda s, w: "emb: numbers of torch.float32 wanted")
+    assert decoder_module.backend_for(d.shape, on_gpu) == "reference"
+    with pytest.raises(ValueError, match="cannot run here: emb: numbers"): decoder_module.backend_for(d.shape, on_gpu, "persistent")
+
+def test_help_names_what_there_is():
+    assert cli._MODELS == ", ".join(MODELS) and cli._GPUS == ", ".join(GPUS)
 
 def test_too_little_memory_is_said_before_anything_is_copied(models, monkeypatch):
     monkeypatch.setattr(plan_module, "free_memory", lambda device: 100_000)
@@ -221,11 +288,15 @@ def test_adapters_are_not_overlooked():
 @pytest.mark.parametrize("call,why", (
     (lambda d: d.generate([1, 2], 96), "97 places of a cache of 96"), (lambda d: d.stream([1, 2], 0), "at least 1"), (lambda d: d.generate([[1], [2]], 3), "one text"), (lambda d: d.generate([131], 3), "0..130"),
     (lambda d: d.generate([1.5], 3), "whole numbers"), (lambda d: d.reset().step(), "no text yet"), (lambda d: d.reset().verify([1]), "no text yet"), (lambda d: d.verify([1]*17), "at most 16"),
-    (lambda d: d.rollback(3), "0 to 2"), (lambda d: d.step(3, Sampler(float("nan"), 0)), "temperature"), (lambda d: d.plan(gpu="H300"), "gpu must be")))
+    (lambda d: d.rollback(3), "0 to 2"), (lambda d: d.step(3, Sampler(1., -1)), "seed must lie"), (lambda d: d.step(3, Sampler(float("nan"), 0)), "temperature"), (lambda d: d.plan(gpu="H300"), "gpu must be")))
 def test_wrong_use_is_refused_and_changes_nothing(models, call, why):
     d = Decoder.from_hf(models["qwen3"]).prefill([1, 2, 3])
     with pytest.raises(ValueError, match=why): call(d)
     if d.length: assert d.length == 3 and torch.equal(d.step(5), Decoder.from_hf(models["qwen3"]).prefill([1, 2, 3]).step(5))
+
+@pytest.mark.parametrize("max_len", (0, -5))
+def test_a_cache_of_no_places_is_refused(models, max_len, tmp_path):
+    with pytest.raises(ValueError, match=f"max_len must be at least 1, got {max_len}"): Decoder.from_hf(models["llama"], max_len=max_len)
 
 def test_the_last_place_of_the_cache_can_be_used(models):
     d = Decoder.from_hf(models["llama"], max_len=24)
@@ -251,31 +322,59 @@ def test_random_weights_of_a_shape_can_be_timed():
         assert d.buffers.keys[:, :, :48].isfinite().all()
 
 KERNEL = """
-import sys; sys.path.insert(0, {here!r})
+import json, sys, traceback; sys.path.insert(0, {here!r})
 import torch
+from coop import hasten
+hasten()
 from test_flashformer import made, text
 from rlcr_suite.flashformer import Decoder, Sampler
+
 def pair(width, quant, backend):
     m = made('llama', hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
              max_position_embeddings=16, vocab_size=40, rope_parameters=dict(rope_type='default', rope_theta=1e4))
     d, r = (Decoder.from_hf(m, quant, backend=b).prefill(text(5, vocab=40)) for b in (backend, 'reference'))
     assert d.backend == backend
     return d, r
-d, r = pair(32, None, 'staged')
-want, warm = r.step(3), Sampler(.8, 3)
-draft = (want + torch.tensor([0, 1, 0])) % 40
-assert torch.equal(d.verify(draft), want[:2]) and torch.equal(d.step(1), want[2:])
-assert torch.equal(d.rollback(5).step(1, warm), r.rollback(5).step(1, warm))
-d, r = pair(128, 'int4-g128', 'persistent')
-assert torch.equal(d.step(2), r.step(2))
-print('equal')
+
+def library():
+    d, r = pair(32, None, 'staged')
+    want, warm = r.step(3), Sampler(.8, 3)
+    draft = (want + torch.tensor([0, 1, 0])) % 40
+    assert torch.equal(d.verify(draft), want[:2]) and torch.equal(d.step(1), want[2:])
+    assert torch.equal(d.rollback(5).step(1, warm), r.rollback(5).step(1, warm))
+    d, r = pair(128, 'int4-g128', 'persistent')
+    assert torch.equal(d.step(2), r.step(2))
+
+def generate():
+    for kind, heads in (('llama', (4, 2)), ('qwen2', (6, 1)), ('qwen3', (2, 2))):
+        m = made(kind, hidden_size=64, intermediate_size=96, vocab_size=60, num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=16)
+        ids = text(9, vocab=60)
+        d = Decoder.from_hf(m, max_len=16, backend='persistent')
+        got = d.generate(ids, 7)
+        assert d.backend == 'persistent' and len(set(got[9:].tolist())) > 2, kind
+        assert torch.equal(got[None], m.generate(ids[None], max_new_tokens=7, do_sample=False)), kind
+
+for f in (library, generate):
+    try: f(); wrong = ''
+    except Exception: wrong = traceback.format_exc()
+    print(json.dumps([f.__name__, wrong]))
 """
 
-def test_the_kernel_is_what_the_library_calls():
+@pytest.fixture(scope="module")
+def interpreted():
+    "What went wrong in a process of its own where Triton interprets, which it decides on import"
+    code = KERNEL.format(here=os.path.dirname(__file__))
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+def test_the_kernel_is_what_the_library_calls(interpreted):
     "Prompt, steps, a draft, sampling and packed weights through the kernel, interpreted, against the reference"
-    here = os.path.dirname(__file__)
-    done = subprocess.run([sys.executable, "-c", KERNEL.format(here=here)], env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout.endswith("equal\n"), done.stderr[-3000:]
+    assert interpreted["library"] == ""
+
+def test_the_kernel_writes_what_transformers_generates(interpreted):
+    "Prompt and tokens of two layers of each family through the kernel, interpreted, against `model.generate`"
+    assert interpreted["generate"] == ""
 
 def test_without_a_gpu_the_kernel_says_what_it_wants(models):
     if torch.cuda.is_available() or os.getenv("TRITON_INTERPRET"): pytest.skip("kernels run here")

@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'STAGES', 'QUANTS', 'GROUP', 'GPUS', 'Preset', 'matrix_byte
 
 # %% ../../nbs/04_flashformer/01_bandwidth.ipynb #153aaddd
 from typing import NamedTuple
-from ..kernels.flashformer import Shape
+from ..kernels.flashformer import MODELS as SHAPES, Shape
 
 # %% ../../nbs/04_flashformer/01_bandwidth.ipynb #b1c61d71
 class Preset(NamedTuple):
@@ -15,16 +15,7 @@ class Preset(NamedTuple):
     shape: Shape
     tied: bool # whether the head is the embedding table
 
-def _preset(layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: int, vocab: int, tied: bool = False, eps: float = 1e-5, **more) -> Preset:
-    "A model by its numbers, with room for 8192 tokens"
-    return Preset(Shape(layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, ffn=ffn, vocab=vocab, max_len=8192, eps=eps, **more), tied)
-
-MODELS = {
-    "Llama-3.2-1B": _preset(16, 2048, 32, 8, 64, 8192, 128256, tied=True),
-    "Qwen2.5-1.5B": _preset(28, 1536, 12, 2, 128, 8960, 151936, tied=True, eps=1e-6, qkv_bias=True),
-    "Llama-3.1-8B": _preset(32, 4096, 32, 8, 128, 14336, 128256),
-    "Qwen3-8B": _preset(36, 4096, 32, 8, 128, 12288, 151936, eps=1e-6, qk_norm=True),
-}
+MODELS = {name: Preset(s, tied=name in ("Llama-3.2-1B", "Qwen2.5-1.5B")) for name, s in SHAPES.items()}
 
 # %% ../../nbs/04_flashformer/01_bandwidth.ipynb #35e4f200
 STAGES = ("qkv", "attention", "output", "gate_up", "down", "head")
@@ -67,11 +58,18 @@ class GPU(NamedTuple):
     flops: float # operations a second, dense bfloat16 with float32 sums
     sms: int # streaming multiprocessors
     copied: float | None = None # bytes a second that a copy was measured to reach; None where it was not measured for this project
+    clock: float | None = None # cycles a second under load; None where it was not looked up
+
+    @property
+    def issue(self) -> float: # instructions a second, a lane each: 4 schedulers of 32 lanes a multiprocessor
+        "Instructions that can be issued. Raises `ValueError` where the clock is not known."
+        if self.clock is None: raise ValueError("the clock of this GPU is not in the table")
+        return self.sms*128*self.clock
 
 GPUS = {
     "A100-80GB": GPU(2.039e12, 80e9, 312e12, 108),
-    "H100-SXM": GPU(3.35e12, 80e9, 989e12, 132),
-    "H200": GPU(4.8e12, 141e9, 989e12, 132, copied=4.3e12),
+    "H100-SXM": GPU(3.35e12, 80e9, 989e12, 132, clock=1.755e9),
+    "H200": GPU(4.8e12, 141e9, 989e12, 132, copied=4.3e12, clock=1.755e9),
     "L4": GPU(.3e12, 24e9, 121e12, 58),
     "RTX-4090": GPU(1.008e12, 24e9, 165e12, 128),
 }

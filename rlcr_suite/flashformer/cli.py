@@ -26,6 +26,8 @@ def _examples(*lines: str) -> str:
 app = typer.Typer(rich_markup_mode='rich', no_args_is_help=True, help='Decode one text as fast as memory allows.',
                   epilog=_examples('rlcr-suite flashformer plan --model Llama-3.1-8B', 'rlcr-suite flashformer chat --model ./model'))
 
+# names of `MODELS` and `GPUS`, which help should show without loading them; a test compares
+_MODELS, _GPUS = 'Llama-3.2-1B, Qwen2.5-1.5B, Llama-3.1-8B, Qwen3-8B', 'A100-80GB, H100-SXM, H200, L4, RTX-4090'
 Quant = Literal['int8', 'int4-g128']
 Backend = Literal['auto', 'persistent', 'staged', 'reference']
 Model = Annotated[str, Option(help='A checkpoint: a folder, or a name on the Hugging Face hub.')]
@@ -44,8 +46,8 @@ def _config(model: str, max_len: int | None) -> tuple: # shape, bytes a number, 
     return shape_of(c, max_len or min(c.max_position_embeddings, 8192)), getattr(c.dtype, 'itemsize', 4), c.tie_word_embeddings
 
 @app.command(epilog=_examples('rlcr-suite flashformer plan --model Llama-3.1-8B', 'rlcr-suite flashformer plan --model ./model --quant int8 --gpu H100-SXM --context 2048'))
-def plan(model: Annotated[str, Option(help='A checkpoint, or a model of the table: Llama-3.2-1B, Qwen2.5-1.5B, Llama-3.1-8B, Qwen3-8B.')], quant: Form = None,
-         gpu: Annotated[str, Option(help='Whose memory: A100-80GB, H100-SXM, H200, L4, RTX-4090.')] = 'H200',
+def plan(model: Annotated[str, Option(help=f'A checkpoint, or a model of the table: {_MODELS}.')], quant: Form = None,
+         gpu: Annotated[str, Option(help=f'Whose memory: {_GPUS}.')] = 'H200',
          context: Annotated[int, Option(min=0, help='Tokens in the cache.')] = 0, max_len: Room = None):
     "Show the memory a model needs, the bytes of a token, and the speed that the GPU cannot exceed."
     from rlcr_suite.flashformer.plan import Plan
@@ -84,28 +86,36 @@ def _wait(device) -> None:
     import torch
     if device.type == 'cuda': torch.cuda.synchronize(device)
 
-def _median(f, device, repeats: int) -> tuple[float, float, float]: # seconds: median, least, most
-    "Time a function, after one run that is not timed"
-    import time
-    times = []
-    for i in range(repeats + 1):
-        _wait(device)
+def _timed(f, device) -> float: # seconds
+    "Time a function, on the device's own clock where it has one"
+    import time, torch
+    _wait(device)
+    if device.type != 'cuda':
         begin = time.perf_counter()
         f()
-        _wait(device)
-        times.append(time.perf_counter() - begin)
-    times = sorted(times[1:])
+        return time.perf_counter() - begin
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record(torch.cuda.current_stream(device))
+    f()
+    end.record(torch.cuda.current_stream(device))
+    end.synchronize()
+    return begin.elapsed_time(end)/1e3
+
+def _median(f, device, repeats: int) -> tuple[float, float, float]: # seconds: median, least, most
+    "Time a function, after one run that is not timed"
+    times = sorted([_timed(f, device) for _ in range(repeats + 1)][1:])
     return times[len(times)//2], times[0], times[-1]
 
 def copied(device: 'torch.device', # what to measure
            size: int | None = None, # bytes that are copied; None: 2 GiB on a GPU, 256 MiB elsewhere
            repeats: int = 5, # of the copy
           ) -> float: # bytes a second, read and written
-    "The bandwidth that a copy reaches."
+    "The bandwidth that a copy reaches. On a GPU ten copies are timed at once: one takes a millisecond, of which its launch would be some percent."
     import torch
+    times = 10 if device.type == 'cuda' else 1
     size = size or (2**31 if device.type == 'cuda' else 2**28)
     a, b = (torch.empty(size, dtype=torch.uint8, device=device).fill_(1) for _ in range(2))
-    return 2*size/_median(lambda: b.copy_(a), device, repeats)[0]
+    return 2*size*times/_median(lambda: [b.copy_(a) for _ in range(times)], device, repeats)[0]
 
 def measure(d: 'Decoder', # to be timed; its text is lost
             context: int, # tokens in the cache
@@ -134,7 +144,7 @@ def _timed_decoder(model: str, quant: str | None, max_len: int, backend: str, de
     return Decoder(shape, random_weights(shape, quant, device=device, tied=tied), backend=backend)
 
 @app.command(epilog=_examples('rlcr-suite flashformer bench --model Llama-3.2-1B', 'rlcr-suite flashformer bench --model ./model --quant int4-g128 --context 128 --context 2048 --out bench.json'))
-def bench(model: Annotated[str, Option(help='A checkpoint, or a model of the table with random weights: Llama-3.2-1B, Qwen2.5-1.5B, Llama-3.1-8B, Qwen3-8B.')], quant: Form = None,
+def bench(model: Annotated[str, Option(help=f'A checkpoint, or a model of the table with random weights: {_MODELS}.')], quant: Form = None,
           context: Annotated[list[int] | None, Option(help='Tokens in the cache; may be given several times. 128, 2048 and 7936 by default, as far as they fit.')] = None,
           tokens: Annotated[int, Option(min=1, help='Tokens a measurement.')] = 256, repeats: Annotated[int, Option(min=1, help='Measurements.')] = 3, max_len: Room = None,
           backend: Annotated[Backend, Option(help='What runs.')] = 'auto', device: Annotated[str | None, Option(help='Where; the GPU if there is one.')] = None,

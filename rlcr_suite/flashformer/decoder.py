@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'READ', 'backend_for', 'Decoder', 'Timed']
 
 # %% ../../nbs/04_flashformer/07_decoder.ipynb #0832d2a7
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 import time
@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 from . import reference
 from .bandwidth import QUANTS, STAGES, traffic
-from .plan import Plan, footprint, need_memory
+from .plan import Plan, footprint, loading, need_memory, working
 from .reference import pick, shape_of, weights_of
 from ..kernels.flashformer import ROWS, Sampler, Shape, Weights, allocate, decode, why_not
 
@@ -44,6 +44,7 @@ def _ends(eos: int | Sequence[int] | None, own: tuple[int, ...]) -> frozenset[in
 
 def _checked(sampler: Sampler | None) -> Sampler | None:
     if sampler is not None and not 0 < sampler.temperature < float("inf"): raise ValueError(f"the temperature must be positive and finite, got {sampler.temperature}; greedy is sampler=None")
+    if sampler is not None and not 0 <= sampler.seed < 2**63: raise ValueError(f"the seed must lie in 0..2**63 - 1, got {sampler.seed}")
     return sampler
 
 def _own_ends(model: nn.Module) -> tuple[int, ...]:
@@ -82,7 +83,7 @@ class Decoder:
         if not isinstance(model, nn.Module): return _load(cls, model, quant, max_len, backend, device)
         shape, device = _shape(model.config, max_len), torch.device(device or model.device)
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-        need_memory(footprint(shape, quant, model.dtype.itemsize, tied), device)
+        need_memory(footprint(shape, quant, model.dtype.itemsize, tied) | dict(work=working(shape, quant, model.dtype.itemsize)), device)
         return cls(shape, weights_of(model, shape, quant, device), _own_ends(model), backend)
 
     def __repr__(self) -> str:
@@ -90,7 +91,7 @@ class Decoder:
         return f"Decoder({s.layers} layers of {s.hidden}, {_quant(self.weights) or str(self.weights.emb.dtype).removeprefix('torch.')}, {self.backend} on {self.weights.emb.device}, {self.length} of {s.max_len} tokens)"
 
 def _shape(config, max_len: int | None) -> Shape:
-    return shape_of(config, max_len or min(config.max_position_embeddings, 8192))
+    return shape_of(config, min(config.max_position_embeddings, 8192) if max_len is None else max_len)
 
 def _load(cls: type[Decoder], path: str | Path, quant: str | None, max_len: int | None, backend: str, device: torch.device | str | None) -> Decoder:
     "Load a checkpoint on the CPU, keep only its matrices"
@@ -98,7 +99,9 @@ def _load(cls: type[Decoder], path: str | Path, quant: str | None, max_len: int 
     from rlcr_suite.core.lm import load
     config = AutoConfig.from_pretrained(path)
     shape, device = _shape(config, max_len), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    need_memory(footprint(shape, quant, getattr(config.dtype, "itemsize", 4), config.tie_word_embeddings), device)
+    itemsize, tied = getattr(config.dtype, "itemsize", 4), config.tie_word_embeddings
+    need_memory(footprint(shape, quant, itemsize, tied) | dict(work=working(shape, quant, itemsize)), device)
+    need_memory(loading(shape, quant, itemsize, tied, device), torch.device("cpu"))
     model, _ = load(path, device="cpu")
     return cls(shape, weights_of(model, shape, quant, device, consume=True), _own_ends(model), backend)
 
@@ -270,6 +273,7 @@ def profile(self: Decoder, # the decoder, with a text
     _fit(self, self.pos + 1)
     read = traffic(self.shape, _quant(self.weights), self.weights.emb.itemsize, self.pos + 1)
     calls = _stage_calls(self)
+    calls = {name: _recorded(self, f) for name, f in calls.items()}
     times = {name: sorted(_seconds(self, calls[name]) for _ in range(repeats + 1))[(repeats + 1)//2 - 1] for name in STAGES}
     return {name: Timed(t, read[name]) for name, t in times.items()}
 
@@ -285,6 +289,15 @@ def _stage_calls(self: Decoder) -> dict:
     return dict(qkv=each(lambda l: reference.qkv(s, w, l, x)), attention=each(lambda l: reference.attention(s, w, l, y, at, b.keys, b.values)),
                 output=each(lambda l: reference.output(s, w, l, x, o)), gate_up=each(lambda l: reference.gate_up(s, w, l, x)),
                 down=each(lambda l: reference.down(s, w, l, x, a)), head=torch.no_grad()(lambda: reference.head(s, w, x)))
+
+def _recorded(self: Decoder, f) -> Callable[[], object]:
+    "What runs f again. On a GPU its launches are recorded once, in a CUDA graph: to launch from Python takes longer than a stage of a small model"
+    if not self.tokens.is_cuda or self.backend == "reference": return f
+    f() # compiles and loads, which cannot be recorded
+    torch.cuda.synchronize(self.tokens.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): f()
+    return graph.replay
 
 def _seconds(self: Decoder, f) -> float:
     "Time of one call, on the device's own clock where it has one"

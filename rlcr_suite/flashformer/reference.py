@@ -34,7 +34,8 @@ def shape_of(config, # of a Hugging Face model
             ) -> Shape:
     "The sizes of a model. Raises `ValueError` for an architecture, or a part of one, that is not supported."
     if config.model_type not in ARCHITECTURES: raise ValueError(f"models of type {', '.join(ARCHITECTURES)} are supported, not {config.model_type!r}")
-    max_len = max_len or config.max_position_embeddings
+    max_len = config.max_position_embeddings if max_len is None else max_len
+    if max_len < 1: raise ValueError(f"max_len must be at least 1, got {max_len}")
     if told := list(_refusals(config, max_len)): raise ValueError(f"this {config.model_type} model is not supported: it has {'; '.join(told)}")
     H = config.num_attention_heads
     return Shape(layers=config.num_hidden_layers, hidden=config.hidden_size, heads=H, kv_heads=config.num_key_value_heads,

@@ -5,10 +5,10 @@ packages alone: nbdev's processors prepare the notebooks, pandoc renders them, P
 checked. What is shown is the outputs stored in the notebooks: nothing is computed but the boxes of documented names."""
 from __future__ import annotations
 import argparse, os, shutil, subprocess, sys, time
-from configparser import ConfigParser, SectionProxy
 from pathlib import Path
 from links import Checker
 from process import process
+from settings import settings
 from website import Website
 
 def arguments()->argparse.Namespace:
@@ -22,16 +22,12 @@ def arguments()->argparse.Namespace:
     p.add_argument('--no-search', action='store_true', help='leave the search index out')
     return p.parse_args()
 
-def settings(root:Path)->SectionProxy:
-    parser = ConfigParser(delimiters=['='])
-    parser.read(root/'settings.ini', encoding='utf-8')
-    return parser['DEFAULT']
-
 def quarto(root:Path, out:Path)->int:
     """nbdev's own way. It must not be called without Quarto: it would try to install it. Quarto's elements, ids and scripts are its own affair; that links and
     anchors lead somewhere is checked as on our own pages"""
     if code := subprocess.run([Path(sys.executable).parent/'nbdev_docs']).returncode: return code
-    made, s = root/settings(root)['doc_path'], settings(root)
+    s = settings(root)
+    made = root/s['doc_path']
     if out != made: shutil.copytree(made, out, dirs_exist_ok=True)
     address, repository = s['doc_host'].rstrip('/') + s['doc_baseurl'].rstrip('/') + '/', f"{s['git_url'].rstrip('/')}/blob/{s['branch']}/"
     return report(Checker(out, address, repository, root).links(), out)

@@ -5,8 +5,8 @@ into Colab's working folder, for pages read stored evidence, and installs what i
 out of the site and of the tests, and a local kernel runs a shell's test of one variable."""
 from __future__ import annotations
 import argparse, json
-from configparser import ConfigParser
 from pathlib import Path
+from settings import settings
 
 ID = 'colab'
 
@@ -28,9 +28,8 @@ def with_cell(notebook:str, url:str)->str: # both as JSON
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--root', type=Path, default=Path(__file__).resolve().parents[1], help='folder of settings.ini')
-    root, parser = p.parse_args().root, ConfigParser(delimiters=['='])
-    parser.read(root/'settings.ini', encoding='utf-8')
-    s = parser['DEFAULT']
+    root = p.parse_args().root
+    s = settings(root)
     for f in sorted((root/s['nbs_path']).rglob('*.ipynb')):
         if any(x.startswith(('.', '_')) for x in f.relative_to(root).parts): continue
         old = f.read_text(encoding='utf-8')

@@ -2,7 +2,6 @@
 from __future__ import annotations
 import os, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
-from configparser import ConfigParser
 from dataclasses import dataclass, field
 from pathlib import Path
 import jinja2, yaml
@@ -11,6 +10,7 @@ import llms, names
 from cells import Api, Name
 from definitions import find, outline
 from page import HERE, Context, Page, inline
+from settings import settings
 
 @dataclass
 class Section:
@@ -22,9 +22,7 @@ class Website:
     "The site made of the processed notebooks in `proc`, for the checkout `root`"
     def __init__(self, root:Path, proc:Path, out:Path):
         self.root, self.proc, self.out, self.problems, self.missing = root, proc, out, [], []
-        parser = ConfigParser(delimiters=['='])
-        parser.read(root/'settings.ini', encoding='utf-8')
-        self.settings = parser['DEFAULT']
+        self.settings = settings(root)
         self.nbs = root/self.settings['nbs_path']
         self.config = yaml.safe_load((self.nbs/'_quarto.yml').read_text(encoding='utf-8'))
         self.web = self.config['website']

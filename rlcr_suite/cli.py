@@ -23,6 +23,7 @@ from rich.table import Table
 from typer import Argument, Option
 from typer.core import TyperGroup
 from .bayes_teaching.cli import app as bayes
+from .core.commands import examples
 from .flashformer.cli import app as flashformer
 from .wavelength.cli import app as wavelength
 
@@ -53,15 +54,10 @@ class Commands(TyperGroup):
             _complain(' '.join(str(e).split('\n')) if code == MISTAKE else str(e))
             raise typer.Exit(code)
 
-def _examples(*lines:str # command lines
-             )->str: # for `epilog`; a blank line keeps typer from joining them
-    "Examples that stand below a command's help"
-    return '\n\n'.join(['[bold]Examples[/bold]', *(f'  [green]{escape(l)}[/green]' for l in lines)])
-
 app = typer.Typer(name='rlcr-suite', cls=Commands, rich_markup_mode='rich', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 rlcr = typer.Typer(rich_markup_mode='rich', no_args_is_help=True)
 app.add_typer(rlcr, name='rlcr', help='Train, evaluate and compare models that state a confidence.',
-              epilog=_examples('rlcr-suite rlcr train --help', 'rlcr-suite rlcr eval --help', 'rlcr-suite rlcr report answers.jsonl'))
+              epilog=examples('rlcr-suite rlcr train --help', 'rlcr-suite rlcr eval --help', 'rlcr-suite rlcr report answers.jsonl'))
 app.add_typer(flashformer, name='flashformer')
 app.add_typer(bayes, name='bayes')
 app.add_typer(wavelength, name='wavelength')
@@ -78,7 +74,7 @@ def _version(show:bool)->None:
     print(f'rlcr-suite {__version__}')
     raise typer.Exit()
 
-@app.callback(epilog=_examples('rlcr-suite claims', 'rlcr-suite reproduce rlcr', 'rlcr-suite rlcr eval --model ./model --data test.jsonl --out answers.jsonl'))
+@app.callback(epilog=examples('rlcr-suite claims', 'rlcr-suite reproduce rlcr', 'rlcr-suite rlcr eval --model ./model --data test.jsonl --out answers.jsonl'))
 def _root(debug:Annotated[bool, Option('--debug', envvar='RLCR_SUITE_DEBUG', help='Show the traceback of a mistake.')]=False,
           version:Annotated[bool, Option('--version', callback=_version, is_eager=True, help='Show the version and leave.')]=False):
     """Calibrated, efficient and self-adapting language models: recent papers, run again.
@@ -149,7 +145,7 @@ def _read_claims(paper:str)->list: # of `core.records.Claim`
     return read(paper) if (records_dir()/f'{paper}.json').exists() else []
 
 # %% ../nbs/cli.ipynb #60fa499e
-@app.command(epilog=_examples('rlcr-suite claims', 'rlcr-suite claims rlcr', 'rlcr-suite claims rlcr --json > claims.json'))
+@app.command(epilog=examples('rlcr-suite claims', 'rlcr-suite claims rlcr', 'rlcr-suite claims rlcr --json > claims.json'))
 def claims(paper:Annotated[str|None, Argument(help='Which paper; all by default.')]=None,
            as_json:Annotated[bool, Option('--json', help='Print JSON for another program.')]=False):
     "Show what the papers claim, and whether it held here."
@@ -304,7 +300,7 @@ def _execute_pages(paper:str, checkout:Path)->None:
         print(f'executing nbs/{page}', flush=True)
         execute(path)
 
-@app.command(epilog=_examples('rlcr-suite reproduce rlcr', 'rlcr-suite reproduce rlcr --scale full --workers 4',
+@app.command(epilog=examples('rlcr-suite reproduce rlcr', 'rlcr-suite reproduce rlcr --scale full --workers 4',
                                'rlcr-suite reproduce rlcr --fresh --out runs/again'))
 def reproduce(paper:Annotated[str|None, Argument(help='Which paper; all by default.')]=None,
               scale:Annotated[str, Option(help='quick: minutes on two cores. full: more seeds, longer training, more arms.')]='quick',
@@ -419,7 +415,7 @@ def _keep(trainer, tok, path:Path)->None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     save(model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model, tok, path)
 
-@rlcr.command(epilog=_examples(
+@rlcr.command(epilog=examples(
     'rlcr-suite rlcr train --model Qwen/Qwen2.5-7B --data hotpot.parquet --preset paper-hotpot --out runs/rlcr',
     'rlcr-suite rlcr train --model ./base --data train.jsonl --kind rlvr --out runs/rlvr --max-steps 100 --set learning_rate=1e-5',
     'accelerate launch -m rlcr_suite.cli rlcr train --model ./base --data train.jsonl --preset paper-math --out runs/rlcr'))
@@ -577,7 +573,7 @@ def _score_table(runs:dict[str, dict])->Table: # name -> scores
     return t
 
 # %% ../nbs/cli.ipynb #bf716563
-@rlcr.command('eval', epilog=_examples(
+@rlcr.command('eval', epilog=examples(
     'rlcr-suite rlcr eval --model runs/rlcr/model --data test.jsonl --out rlcr.jsonl',
     'rlcr-suite rlcr eval --model ./model --data math.parquet --verify math --temperature 0.7 --n 16 --out votes.jsonl',
     'rlcr-suite rlcr eval --server http://127.0.0.1:8000/v1 --served-model qwen --data test.jsonl --instruct --out server.jsonl'))
@@ -668,7 +664,7 @@ def _named(files:Sequence[Path])->dict[str, Path]:
     if len(set(names)) < len(names): raise ValueError('a file is given twice')
     return dict(zip(names, files))
 
-@rlcr.command(epilog=_examples('rlcr-suite rlcr report rlcr.jsonl', 'rlcr-suite rlcr report rlvr.jsonl rlcr.jsonl --out report.html',
+@rlcr.command(epilog=examples('rlcr-suite rlcr report rlcr.jsonl', 'rlcr-suite rlcr report rlvr.jsonl rlcr.jsonl --out report.html',
                                'rlcr-suite rlcr report rlcr.jsonl --out figure.svg'))
 def report(files:Annotated[list[Path], Argument(help='Files that rlcr-suite rlcr eval wrote.')],
            out:Annotated[Path|None, Option(help='Also write a page (.html) or the reliability diagrams (.png, .svg).')]=None):

@@ -6,22 +6,17 @@
 __all__ = ['app', 'Kind', 'Features', 'Category', 'Model', 'Url', 'Wording', 'Longest', 'Seed', 'Rounds', 'play', 'evaluate']
 
 # %% ../../nbs/07_bayes_teaching/11_commands.ipynb #139678ef
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
-from rich.markup import escape
 from typer import Option
+from ..core.commands import examples, named_chat
 if TYPE_CHECKING:
     from rlcr_suite.bayes_teaching.world import World
 
 # %% ../../nbs/07_bayes_teaching/11_commands.ipynb #39ce9fd2
-def _examples(*lines: str) -> str:
-    "Examples below a command's help"
-    return '\n\n'.join(['[bold]Examples[/bold]', *(f'  [green]{escape(l)}[/green]' for l in lines)])
-
 app = typer.Typer(rich_markup_mode='rich', no_args_is_help=True, help='Find out what someone likes from what they choose.',
-                  epilog=_examples('rlcr-suite bayes play', 'rlcr-suite bayes evaluate --model ./model --users 50'))
+                  epilog=examples('rlcr-suite bayes play', 'rlcr-suite bayes evaluate --model ./model --users 50'))
 
 Kind = Annotated[Literal['flight', 'hotel', 'shop'], Option('--world', help='What is chosen.')]
 Features = Annotated[int, Option(min=2, max=8, help='Features of a flight.')]
@@ -38,17 +33,8 @@ def _world(kind: str, features: int, category: str) -> 'World':
     from rlcr_suite.bayes_teaching.world import FlightWorld, HotelWorld, ShopWorld
     return FlightWorld(features) if kind == 'flight' else HotelWorld() if kind == 'hotel' else ShopWorld(category)
 
-def _chat(model: str | None, base_url: str | None) -> Any: # a context with the chat in it; with None where no model is named
-    "The model that the options name. Raises `ValueError` for a server without a model's name."
-    if base_url and not model: raise ValueError('--base-url needs --model, the name by which the server knows it')
-    if not model: return nullcontext()
-    from rlcr_suite.core.chat import LocalChat, ServerChat
-    if base_url: return ServerChat(model, base_url)
-    from rlcr_suite.core.lm import load
-    return nullcontext(LocalChat(*load(model)))
-
 # %% ../../nbs/07_bayes_teaching/11_commands.ipynb #8cb0873c
-@app.command(epilog=_examples('rlcr-suite bayes play', 'rlcr-suite bayes play --as assistant --world hotel', 'rlcr-suite bayes play --model ./model --save moves.jsonl'))
+@app.command(epilog=examples('rlcr-suite bayes play', 'rlcr-suite bayes play --as assistant --world hotel', 'rlcr-suite bayes play --model ./model --save moves.jsonl'))
 def play(role: Annotated[Literal['user', 'assistant'], Option('--as', help='Choose by your own taste, or find out the taste of another.')] = 'user',
          world: Kind = 'flight', features: Features = 4, category: Category = 'lamp', rounds: Rounds = 5, model: Model = None, base_url: Url = None, style: Wording = 'sentence', max_tokens: Longest = None,
          save: Annotated[Path | None, Option(help='Append each round to this file, as JSON.')] = None, seed: Seed = 0):
@@ -57,13 +43,13 @@ def play(role: Annotated[Literal['user', 'assistant'], Option('--as', help='Choo
     from rlcr_suite.bayes_teaching.play import AssistantGame, UserGame
     from rlcr_suite.core.play import terminal
     if role == 'assistant' and model: raise ValueError('--model advises a user: it goes with --as user')
-    with _chat(model, base_url) as chat:
+    with named_chat(model, base_url) as chat:
         w = _world(world, features, category)
         game = AssistantGame(w, rounds, None, seed) if role == 'assistant' else UserGame(w, rounds, seed=seed, chat=chat, style=style, max_tokens=max_tokens)
         terminal(game, save, Console(force_jupyter=False))
 
 # %% ../../nbs/07_bayes_teaching/11_commands.ipynb #6240c84f
-@app.command(epilog=_examples('rlcr-suite bayes evaluate --model ./model --users 50 --held-out 20', 'rlcr-suite bayes evaluate --model qwen --base-url http://127.0.0.1:8000/v1 --path replies.jsonl --out accuracy.json'))
+@app.command(epilog=examples('rlcr-suite bayes evaluate --model ./model --users 50 --held-out 20', 'rlcr-suite bayes evaluate --model qwen --base-url http://127.0.0.1:8000/v1 --path replies.jsonl --out accuracy.json'))
 def evaluate(model: Model = None, base_url: Url = None, world: Kind = 'flight', features: Features = 4, category: Category = 'lamp', users: Annotated[int, Option(min=2, help='How many users.')] = 50,
              rounds: Rounds = 5, held_out: Annotated[int, Option(min=1, help='Held-out sets, asked about after each round.')] = 20, style: Wording = 'sentence', max_tokens: Longest = None,
              decide: Annotated[Literal['generate', 'logprobs'], Option(help='Let the model speak, or compare the probabilities of the three replies.')] = 'generate',
@@ -80,7 +66,7 @@ def evaluate(model: Model = None, base_url: Url = None, world: Kind = 'flight', 
     from rlcr_suite.core.records import stamp
     if not model: raise ValueError('--model is wanted: who is to be evaluated?')
     w = _world(world, features, category)
-    with _chat(model, base_url) as chat:
+    with named_chat(model, base_url) as chat:
         s = interact(chat, w, w.sample_users(users, seed), rounds, held_out, style, decide=decide, max_tokens=max_tokens, path=path, seed=seed)
     named = advice(s)[0]
     columns = {'accuracy': accuracy(s), 'the Assistant\'s': by_user(named == s.held_choices), 'agreement': agreement(s, named)}

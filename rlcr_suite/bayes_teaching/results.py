@@ -16,8 +16,8 @@ from ..core import trials
 from ..core.records import Claim, Rule
 from ..core.stats import Interval, bootstrap, seed_bootstrap
 from .assistant import Assistant, remaining
-from .experiment import SCALES, Evidence, read_evidence
-from .world import FlightWorld, HotelWorld, World, first
+from .experiment import SCALES, WORLDS, Evidence, read_evidence
+from .world import FlightWorld, World, first
 
 # %% ../../nbs/07_bayes_teaching/10_results.ipynb #894014f2
 MORE, LESS = Rule('>', 0., on='low'), Rule('<', 0., on='high')
@@ -35,7 +35,7 @@ CLAIMS = (
     _claim('taught', 'Taught by Bayes it gains (accuracy after five rounds, taught minus untaught, largest set)', MORE, 'section 3'),
     *(_claim(f'bayes-{n}', f'Bayesian teaching beats oracle teaching with {n} conversations (accuracy after five rounds, Bayes minus oracle)', MORE, 'section 3, data efficiency') for n in SIZES),
     _claim('agreement', 'It agrees more with the Assistant (agreement after five rounds, Bayes minus oracle, largest set)', MORE, 'section 3'),
-    *(_claim(f'gain-{w}', f'In {ELSEWHERE[w].replace("things", "a shop of things")} it gains too (accuracy after five rounds, taught by Bayes minus untaught, largest set)', MORE, 'section 4, generalisation') for w in ('hotel', 'shop')),
+    *(_claim(f'gain-{w}', f'With {ELSEWHERE[w]} it gains too (accuracy after five rounds, taught by Bayes minus untaught, largest set)', MORE, 'section 4, generalisation') for w in ('hotel', 'shop')),
     _claim('shop-taught', 'Taught in the shop itself it does better there than taught about flights (accuracy after five rounds)', MORE, 'section 4, generalisation'),
     *(_claim(f'transfer-{w}', f'It carries over better to {name} (accuracy after five rounds, Bayes minus oracle, largest set)', MORE, 'section 4, generalisation') for w, name in ELSEWHERE.items()),
     _claim('beliefs', 'Acting on the beliefs that it states is better than acting on those of the untaught model (accuracy, taught by Bayes minus untaught)', MORE, 'section 4, verbalised beliefs'),
@@ -67,12 +67,12 @@ def _curve(world:World, seed:int, rule:str)->list[float]: # after 0, 1, ... roun
         right.append((a.predict(tests, rule) == truth).mean())
     return right
 
-def after_five(name:str, # a key of `AFTER_FIVE`
+def after_five(name:str, # a key of `experiment.WORLDS`
                seeds:int=3, # draws of users and options
                n:int=300, # users, and held-out sets
               )->np.ndarray: # (seeds,)
-    "Accuracy of the Assistant in another domain"
-    return np.array([_after(HotelWorld() if name == 'hotel' else FlightWorld(int(name[-1])), seed, n) for seed in range(seeds)])
+    "Accuracy of the Assistant after five rounds in a domain, users with options of their own"
+    return np.array([_after(WORLDS[name], seed, n) for seed in range(seeds)])
 
 def _after(world:World, seed:int, n:int)->float:
     from rlcr_suite.bayes_teaching.teach import rounds_of

@@ -140,12 +140,17 @@ class LocalChat:
 
     def logprobs(self, messages: list[dict], options: Sequence[str]) -> np.ndarray:
         "Log-probability of each option as the beginning of the reply, summed over its tokens."
+        return self.logprobs_many([messages], options)[0]
+
+    def logprobs_many(self, many: Sequence[list[dict]], options: Sequence[str]) -> np.ndarray: # (conversations, options)
+        "As `logprobs`, of each conversation, side by side."
         from rlcr_suite.core.lm import sequence_logprobs
-        _check_messages(messages)
+        for messages in many: _check_messages(messages)
         _check_options(options)
+        rows = [m for m in many for _ in options]
         with self._lock:
-            lps = sequence_logprobs(self.model, self.tok, [messages]*len(options), list(options), batch_size=self.batch_size)
-        return np.array([lp.sum() for lp in lps], dtype=float)
+            lps = sequence_logprobs(self.model, self.tok, rows, [*options]*len(many), batch_size=self.batch_size)
+        return np.array([lp.sum() for lp in lps], dtype=float).reshape(len(many), len(options))
 
     def structured(self, messages: list[dict], schema: dict, retries: int = 2, **kwargs) -> Any:
         "JSON that fits `schema`; see `structured`."

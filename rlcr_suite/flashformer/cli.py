@@ -11,20 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 import sys
 import typer
-from rich.markup import escape
 from typer import Option
+from ..core.commands import examples
 if TYPE_CHECKING:
     import torch
     from rlcr_suite.flashformer.decoder import Decoder
     from rlcr_suite.kernels.flashformer import Sampler, Shape
 
 # %% ../../nbs/04_flashformer/11_commands.ipynb #11af0451
-def _examples(*lines: str) -> str:
-    "Examples below a command's help"
-    return '\n\n'.join(['[bold]Examples[/bold]', *(f'  [green]{escape(l)}[/green]' for l in lines)])
-
 app = typer.Typer(rich_markup_mode='rich', no_args_is_help=True, help='Decode one text as fast as memory allows.',
-                  epilog=_examples('rlcr-suite flashformer plan --model Llama-3.1-8B', 'rlcr-suite flashformer chat --model ./model'))
+                  epilog=examples('rlcr-suite flashformer plan --model Llama-3.1-8B', 'rlcr-suite flashformer chat --model ./model'))
 
 # names of `MODELS` and `GPUS`, which help should show without loading them; a test compares
 _MODELS, _GPUS = 'Llama-3.2-1B, Qwen2.5-1.5B, Llama-3.1-8B, Qwen3-8B', 'A100-80GB, H100-SXM, H200, L4, RTX-4090'
@@ -45,7 +41,7 @@ def _config(model: str, max_len: int | None) -> tuple: # shape, bytes a number, 
     c = AutoConfig.from_pretrained(model)
     return shape_of(c, max_len or min(c.max_position_embeddings, 8192)), getattr(c.dtype, 'itemsize', 4), c.tie_word_embeddings
 
-@app.command(epilog=_examples('rlcr-suite flashformer plan --model Llama-3.1-8B', 'rlcr-suite flashformer plan --model ./model --quant int8 --gpu H100-SXM --context 2048'))
+@app.command(epilog=examples('rlcr-suite flashformer plan --model Llama-3.1-8B', 'rlcr-suite flashformer plan --model ./model --quant int8 --gpu H100-SXM --context 2048'))
 def plan(model: Annotated[str, Option(help=f'A checkpoint, or a model of the table: {_MODELS}.')], quant: Form = None,
          gpu: Annotated[str, Option(help=f'Whose memory: {_GPUS}.')] = 'H200',
          context: Annotated[int, Option(min=0, help='Tokens in the cache.')] = 0, max_len: Room = None):
@@ -143,7 +139,7 @@ def _timed_decoder(model: str, quant: str | None, max_len: int, backend: str, de
     need_memory(footprint(shape, quant, itemsize, tied), device)
     return Decoder(shape, random_weights(shape, quant, device=device, tied=tied), backend=backend)
 
-@app.command(epilog=_examples('rlcr-suite flashformer bench --model Llama-3.2-1B', 'rlcr-suite flashformer bench --model ./model --quant int4-g128 --context 128 --context 2048 --out bench.json'))
+@app.command(epilog=examples('rlcr-suite flashformer bench --model Llama-3.2-1B', 'rlcr-suite flashformer bench --model ./model --quant int4-g128 --context 128 --context 2048 --out bench.json'))
 def bench(model: Annotated[str, Option(help=f'A checkpoint, or a model of the table with random weights: {_MODELS}.')], quant: Form = None,
           context: Annotated[list[int] | None, Option(help='Tokens in the cache; may be given several times. 128, 2048 and 7936 by default, as far as they fit.')] = None,
           tokens: Annotated[int, Option(min=1, help='Tokens a measurement.')] = 256, repeats: Annotated[int, Option(min=1, help='Measurements.')] = 3, max_len: Room = None,
@@ -200,7 +196,7 @@ def _said(d, tok, ids: list[int], n: int, sampler: 'Sampler | None') -> str: # w
     print(flush=True)
     return answer
 
-@app.command(epilog=_examples('rlcr-suite flashformer chat --model ./model', 'rlcr-suite flashformer chat --model ./model --quant int8 --temperature 0.7 --prompt "Why is the sky blue?"'))
+@app.command(epilog=examples('rlcr-suite flashformer chat --model ./model', 'rlcr-suite flashformer chat --model ./model --quant int8 --temperature 0.7 --prompt "Why is the sky blue?"'))
 def chat(model: Model, quant: Form = None, prompt: Annotated[str | None, Option(help='Answer this and leave; by default lines are read until the input ends.')] = None,
          system: Annotated[str | None, Option(help='What the model is told first.')] = None, max_tokens: Annotated[int, Option(min=1, help='Longest answer.')] = 512,
          temperature: Annotated[float, Option(min=0, help='0 is greedy.')] = 0., seed: Annotated[int, Option(min=0, help='Of the sampling.')] = 0, max_len: Room = None,

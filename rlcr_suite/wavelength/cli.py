@@ -6,24 +6,19 @@
 __all__ = ['app', 'Column', 'play', 'check', 'people', 'evaluate']
 
 # %% ../../nbs/12_wavelength/11_commands.ipynb #cb53a355
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 import sys
 import typer
-from rich.markup import escape
 from typer import Option
+from ..core.commands import examples, named_chat
 if TYPE_CHECKING:
     from rlcr_suite.core.chat import Chat
     from rlcr_suite.wavelength.play import ClueGame, GuessGame
 
 # %% ../../nbs/12_wavelength/11_commands.ipynb #b538e02c
-def _examples(*lines: str) -> str:
-    "Examples below a command's help"
-    return '\n\n'.join(['[bold]Examples[/bold]', *(f'  [green]{escape(l)}[/green]' for l in lines)])
-
 app = typer.Typer(rich_markup_mode='rich', no_args_is_help=True, help='Play Wavelength with a listener that thinks about what else you could have said.',
-                  epilog=_examples('rlcr-suite wavelength play --as clue-giver', 'rlcr-suite wavelength check --left cold --right hot "very hot"'))
+                  epilog=examples('rlcr-suite wavelength play --as clue-giver', 'rlcr-suite wavelength check --left cold --right hot "very hot"'))
 
 # %% ../../nbs/12_wavelength/11_commands.ipynb #9ee55850
 def _read() -> str:
@@ -31,15 +26,6 @@ def _read() -> str:
     if sys.stdin.isatty(): return input() # with the keys of a line editor
     if not (line := sys.stdin.readline()): raise EOFError
     return line
-
-def _chat(model: str | None, base_url: str | None) -> Any: # a context with the chat in it; with None where no model is named
-    "The model that the options name. Raises `ValueError` for a server without a model's name."
-    if base_url and not model: raise ValueError('--base-url needs --model, the name by which the server knows it')
-    if not model: return nullcontext()
-    from rlcr_suite.core.chat import LocalChat, ServerChat
-    if base_url: return ServerChat(model, base_url)
-    from rlcr_suite.core.lm import load
-    return nullcontext(LocalChat(*load(model)))
 
 def _model_game(chat: 'Chat', role: str, rsa: bool, rounds: int, seed: int, method: str) -> 'GuessGame | ClueGame':
     "A game in which a model guesses, literally or pragmatically"
@@ -61,7 +47,7 @@ def _data_game(path: Path, rsa: bool, rounds: int, seed: int) -> 'GuessGame':
     people = Replay(items := load_items(path))
     return GuessGame(draw(items, rounds, seed), {'people': people} | ({'RSA': RSAListener(people, people.clues)} if rsa else {}))
 
-@app.command(epilog=_examples('rlcr-suite wavelength play', 'rlcr-suite wavelength play --as clue-giver --listener rsa --save game.jsonl',
+@app.command(epilog=examples('rlcr-suite wavelength play', 'rlcr-suite wavelength play --as clue-giver --listener rsa --save game.jsonl',
                               'rlcr-suite wavelength play --as clue-giver --listener model --base-url http://127.0.0.1:8000/v1 --model Qwen3-8B', 'rlcr-suite wavelength play --data games.csv'))
 def play(role: Annotated[Literal['guesser', 'clue-giver'], Option('--as', help='What you are.')] = 'guesser',
          listener: Annotated[Literal['lexicon', 'rsa', 'model'] | None, Option(help='Who listens beside you, or to you; by default the model where one is named, else the lexicon.')] = None,
@@ -78,14 +64,14 @@ def play(role: Annotated[Literal['guesser', 'clue-giver'], Option('--as', help='
     if listener == 'model' and not model: raise ValueError('--listener model needs --model')
     if listener == 'lexicon' and model: raise ValueError('--model names who listens: leave out --listener lexicon')
     if data and (role != 'guesser' or model or base_url or listener == 'lexicon'): raise ValueError('--data is for a guesser, and without a model or the lexicon')
-    with _chat(model, base_url) as chat:
+    with named_chat(model, base_url) as chat:
         if data: game = _data_game(data, listener == 'rsa', rounds, seed)
         elif chat is not None: game = _model_game(chat, role, listener == 'rsa', rounds, seed, method or ('sample' if base_url else 'logprob'))
         else: game = lexicon_games(role, listener == 'rsa', rounds, seed)
         terminal(game, save, Console(force_jupyter=False, highlight=False), _read) # plain output, also where a notebook calls this
 
 # %% ../../nbs/12_wavelength/11_commands.ipynb #7f16df66
-@app.command(epilog=_examples('rlcr-suite wavelength check --left cold --right hot sauna "very hot"'))
+@app.command(epilog=examples('rlcr-suite wavelength check --left cold --right hot sauna "very hot"'))
 def check(clues: Annotated[list[str], typer.Argument(help='What would be said.')],
           left: Annotated[str, Option(help='What 0 means.')], right: Annotated[str, Option(help='What 100 means.')],
           synonym: Annotated[list[str] | None, Option(help='Another word for a pole; may be given several times.')] = None):
@@ -103,7 +89,7 @@ def _columns(column: list[str] | None) -> dict[str, str]:
     if bad := [c for c in column or () if '=' not in c]: raise ValueError(f'--column takes ours=theirs, got {bad[0]!r}')
     return dict(c.split('=', 1) for c in column or ())
 
-@app.command(epilog=_examples('rlcr-suite wavelength people games.csv', 'rlcr-suite wavelength people games.json --column left=pole_0 --column guess=responses'))
+@app.command(epilog=examples('rlcr-suite wavelength people games.csv', 'rlcr-suite wavelength people games.json --column left=pole_0 --column guess=responses'))
 def people(path: Annotated[Path, typer.Argument(help='A .csv, .json or .jsonl file.')],
            column: Column = None,
            seed: Annotated[int, Option(min=0, help='Of the divisions in halves.')] = 0):
@@ -134,7 +120,7 @@ def _plain(x: Any) -> Any:
     if isinstance(x, float): return None if x != x else x
     return {k: _plain(v) for k, v in (x._asdict() if hasattr(x, '_asdict') else vars(x)).items()} if not isinstance(x, int | None) else x
 
-@app.command(epilog=_examples('rlcr-suite wavelength evaluate games.csv --model Qwen/Qwen3-0.6B --rsa', 'rlcr-suite wavelength evaluate games.csv --model qwen --base-url http://127.0.0.1:8000/v1 --cot --out scores.json'))
+@app.command(epilog=examples('rlcr-suite wavelength evaluate games.csv --model Qwen/Qwen3-0.6B --rsa', 'rlcr-suite wavelength evaluate games.csv --model qwen --base-url http://127.0.0.1:8000/v1 --cot --out scores.json'))
 def evaluate(path: Annotated[Path, typer.Argument(help='A .csv, .json or .jsonl file of games.')],
              model: Annotated[str | None, Option(help='A checkpoint: a folder, a name on the Hugging Face hub, or what a server calls it.')] = None,
              base_url: Annotated[str | None, Option(help='An OpenAI-compatible server.')] = None,
@@ -153,7 +139,7 @@ def evaluate(path: Annotated[Path, typer.Argument(help='A .csv, .json or .jsonl 
     from rlcr_suite.wavelength.measures import mean_of, people_means
     if not model: raise ValueError('--model is wanted: who is to be evaluated?')
     items, method = load_items(path, _columns(column)), method or ('sample' if base_url else 'logprob')
-    with _chat(model, base_url) as chat, _chat(judge, base_url if judge else None) as other:
+    with named_chat(model, base_url) as chat, named_chat(judge, base_url if judge else None) as other:
         found = _scores(chat, other, items, method, cot, rsa, wording, samples, draws, max_tokens, seed)
     heard, spoken = found['comprehension'], found['production']
     crowd, one = mean_of(np.abs(people_means(items) - [i.target for i in items])), mean_of([np.abs(np.array(i.guesses) - i.target).mean() for i in items])

@@ -60,11 +60,8 @@ def _end_of(chat: Chat) -> str:
 
 def _logprobs(chat: Chat, many: Sequence[list[dict]], options: Sequence[str]) -> np.ndarray: # (n, options)
     "Of each option after each conversation; a model in this process scores them side by side"
-    if type(chat) is not LocalChat: return np.stack([np.asarray(chat.logprobs(m, options), dtype=float) for m in many])
-    from rlcr_suite.core.lm import sequence_logprobs
-    rows = [m for m in many for _ in options]
-    with chat._lock: lps = sequence_logprobs(chat.model, chat.tok, rows, [*options]*len(many), batch_size=chat.batch_size)
-    return np.array([lp.sum() for lp in lps], dtype=float).reshape(len(many), len(options))
+    if isinstance(chat, LocalChat): return chat.logprobs_many(many, options)
+    return np.stack([np.asarray(chat.logprobs(m, options), dtype=float) for m in many])
 
 class ModelListener:
     "A language model as a literal listener. What it was asked once is kept. Raises `ValueError` for a method it does not know."
@@ -110,7 +107,7 @@ class ModelListener:
     def __call__(self, scale: Scale, clues: Sequence[str]) -> np.ndarray: # (n, 21)
         "What the model believes upon each clue"
         new = list(dict.fromkeys(c for c in clues if (scale.left, scale.right, c) not in self._known))
-        if new and type(self.chat) is LocalChat and self.method == 'logprob' and not self.cot: found = self._scored([self.wording.guess(scale, c, False) for c in new])
+        if new and isinstance(self.chat, LocalChat) and self.method == 'logprob' and not self.cot: found = self._scored([self.wording.guess(scale, c, False) for c in new])
         else: found = (self._beliefs(scale, c) for c in new) # one at a time: what was answered is kept if a later request fails
         for c, p in zip(new, found): self._known[scale.left, scale.right, c] = p
         return np.stack([self._known[scale.left, scale.right, c] for c in clues])

@@ -258,7 +258,7 @@ def test_a_checkpoint_is_evaluated_on_games_with_a_column_a_guess(tmp_path, chat
         "The answers of an untrained model, and two clues by turns, one of which nobody was asked about"
         logprobs, tok = chat.logprobs, chat.tok
         def generate(self, messages, n=1, **kw): return (['sauna', 'zebra']*n)[:n]
-    monkeypatch.setattr(cli, '_chat', lambda model, base_url: nullcontext(Speaks() if model else None))
+    monkeypatch.setattr(cli, 'named_chat', lambda model, base_url: nullcontext(Speaks() if model else None))
     (games := tmp_path/'games.csv').write_text('left,right,clue,target,g1,g2\nquick,slow,sauna,85,80,90\nquick,slow,tea,40,,45\n')
     def run(*more):
         r = CliRunner().invoke(cli.app, ['evaluate', str(games), '--column', 'guess=g*', '--model', 'any', '--draws', '8', '--out', str(tmp_path/'out.json'), *more])

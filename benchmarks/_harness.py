@@ -59,22 +59,28 @@ def sdpa(q, k, v, *rest)->torch.Tensor:
     "PyTorch's causal softmax attention of (B, T, H, D); it takes heads first, and strided views are what its users pass"
     return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
 
-def forward(f:Callable, x:tuple[torch.Tensor, ...])->Callable[[int], int]:
-    @torch.no_grad()
+LEAST = .05 # seconds of a turn on a CPU: a call of a few milliseconds, timed alone, would be a timing of the cold cache that the contender before it left
+
+def _again(call:Callable[[], object], device:str)->Callable[[int], int]:
+    "Calls until a turn has lasted `LEAST` (on a GPU, where a call returns before its work is done: one), and how many they were"
+    least = LEAST if device == 'cpu' else 0.
     def run(i:int)->int:
-        f(*x)
-        return 1
+        start, made = time.perf_counter(), 0
+        while not made or time.perf_counter() - start < least:
+            call()
+            made += 1
+        return made
     return run
+
+def forward(f:Callable, x:tuple[torch.Tensor, ...])->Callable[[int], int]:
+    return _again(torch.no_grad()(lambda: f(*x)), x[0].device.type)
 
 def both(f:Callable, x:tuple[torch.Tensor, ...], seed:int)->Callable[[int], int]:
     "Forward and backward, with a gradient for every input that the contender reads"
     x = [y.detach().clone().requires_grad_() for y in x]
     do = torch.randn(x[2].shape, generator=torch.Generator().manual_seed(seed + 1)).to(x[2])
     used = x[:3] if f is sdpa else x
-    def run(i:int)->int:
-        torch.autograd.grad(f(*x), used, do)
-        return 1
-    return run
+    return _again(lambda: torch.autograd.grad(f(*x), used, do), x[0].device.type)
 
 class NotMeasured(Exception):
     "Why a contender cannot take part here; no fault of its own"

@@ -59,14 +59,14 @@ LL_SAME = lambda: made_up(lle, lle.FULL, lambda *a: .5, lambda *a: .5)
 
 def test_a_better_log_linear_form_is_found_better():
     v = verdicts(llr, LL_GOOD())
-    for what in ('mqar', 'mqrar', 'text', 'falls', 'follows'):
+    for what in ('mqar', 'mqrar', 'as-of', 'text', 'falls', 'follows'):
         for name in ('mamba2', 'gdn'): assert v[f'{what}-{name}'] is True, (what, name)
     assert v['forms'] is v['state'] is v['special-case'] is True and v['niah'] is None
 
 
 def test_equal_forms_are_not_found_different():
     v = verdicts(llr, LL_SAME())
-    for what in ('mqar', 'mqrar', 'text', 'falls', 'follows'):
+    for what in ('mqar', 'mqrar', 'as-of', 'text', 'falls', 'follows'):
         for name in ('mamba2', 'gdn'): assert v[f'{what}-{name}'] is False, (what, name)
 
 

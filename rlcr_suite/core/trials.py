@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas
 
 # %% ../../nbs/00_core/12_trials.ipynb #6e2e3c08
-TASKS = ('mqar', 'mqrar', 'flip_flop', 'word_problem', 'text') # generators of `core.tasks`
+TASKS = ('mqar', 'mqrar', 'as_of', 'flip_flop', 'word_problem', 'text') # generators of `core.tasks`
 TEST_SEED = 1_000_003 # of every test; training draws from (seed, step)
 
 def generator(make:Mapping[str, Any] # task: a name in `TASKS`; and its arguments

@@ -12,7 +12,11 @@ import typer
 from typer import Option
 from ..core.commands import examples, named_chat
 if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+    from rlcr_suite.bayes_teaching.dialogue import Session
     from rlcr_suite.bayes_teaching.world import World
+    from rlcr_suite.core.stats import Interval
 
 # %% ../../nbs/07_bayes_teaching/11_commands.ipynb #39ce9fd2
 app = typer.Typer(rich_markup_mode='rich', no_args_is_help=True, help='Find out what someone likes from what they choose.',
@@ -48,33 +52,66 @@ def play(role: Annotated[Literal['user', 'assistant'], Option('--as', help='Choo
         game = AssistantGame(w, rounds, None, seed) if role == 'assistant' else UserGame(w, rounds, seed=seed, chat=chat, style=style, max_tokens=max_tokens)
         terminal(game, save, Console(force_jupyter=False))
 
+# %% ../../nbs/07_bayes_teaching/11_commands.ipynb #b7c0de01
+def _at_the_end(s: 'Session', # that was played
+                bayes: 'np.ndarray', # `advice(s)[1]`
+                ratings: 'np.ndarray | None', # of `rate`
+                tastes: 'np.ndarray', # the true ones
+               ) -> dict[str, dict[str, 'Interval']]: # beliefs, calibration, updates: those that there is something to compute from
+    "What can be measured beyond choices"
+    from rlcr_suite.bayes_teaching.measures import beliefs, calibration, probabilities, updates
+    found = {} if ratings is None else dict(beliefs=beliefs(s, ratings, tastes))
+    if s.held_logprobs is None: return found
+    p = probabilities(s)
+    scores = calibration(p, s)
+    return found | dict(calibration={k: scores[k] for k in ('brier', 'ece', 'ece_null', 'auroc')}, updates=updates(p, bayes)._asdict())
+
+_WORDS = dict(beliefs=dict(readable='stated tastes that can be read', accuracy='right, had it chosen by them', match='its choices that they explain', error='distance to the true tastes'),
+              calibration=dict(brier='Brier score', ece='ECE', ece_null='ECE of a calibrated model', auroc='AUROC'),
+              updates=dict(slope='updates on those of Bayes (slope)', direction='their direction (correlation)', size='their size (ratio)'))
+
+def _last(found: dict[str, dict[str, 'Interval']] # of `_at_the_end`
+         ) -> 'Table':
+    "As a table"
+    from rich.table import Table
+    t = Table('at the end', '')
+    for part, scores in found.items():
+        for k, x in scores.items(): t.add_row(_WORDS[part][k], str(x))
+    return t
+
 # %% ../../nbs/07_bayes_teaching/11_commands.ipynb #6240c84f
 @app.command(epilog=examples('rlcr-suite bayes evaluate --model ./model --users 50 --held-out 20', 'rlcr-suite bayes evaluate --model qwen --base-url http://127.0.0.1:8000/v1 --path replies.jsonl --out accuracy.json'))
 def evaluate(model: Model = None, base_url: Url = None, world: Kind = 'flight', features: Features = 4, category: Category = 'lamp', users: Annotated[int, Option(min=2, help='How many users.')] = 50,
              rounds: Rounds = 5, held_out: Annotated[int, Option(min=1, help='Held-out sets, asked about after each round.')] = 20, style: Wording = 'sentence', max_tokens: Longest = None,
              decide: Annotated[Literal['generate', 'logprobs'], Option(help='Let the model speak, or compare the probabilities of the three replies.')] = 'generate',
+             beliefs: Annotated[bool, Option(help='Ask for the stated taste for every feature, at the end of each conversation.')] = True,
              path: Annotated[Path | None, Option(help='Keep replies here; the same command goes on there.')] = None,
              out: Annotated[Path | None, Option(help='Write the result as JSON.')] = None, seed: Seed = 0):
-    "Play many users with a model, and print how often it is right, and how often it does as Bayes would, after each round."
+    "Play many users with a model, and print how often it is right, and how often it does as Bayes would, after each round; and what it believes at the end."
     import json
     from dataclasses import asdict
     from rich.console import Console
     from rich.table import Table
     from rlcr_suite.bayes_teaching.dialogue import interact
-    from rlcr_suite.bayes_teaching.measures import accuracy, advice, agreement, by_user
+    from rlcr_suite.bayes_teaching.measures import accuracy, advice, agreement, by_user, rate
     from rlcr_suite.core.data import atomic_write
     from rlcr_suite.core.records import stamp
     if not model: raise ValueError('--model is wanted: who is to be evaluated?')
     w = _world(world, features, category)
+    tastes = w.sample_users(users, seed)
     with named_chat(model, base_url) as chat:
-        s = interact(chat, w, w.sample_users(users, seed), rounds, held_out, style, decide=decide, max_tokens=max_tokens, path=path, seed=seed)
-    named = advice(s)[0]
+        s = interact(chat, w, tastes, rounds, held_out, style, decide=decide, max_tokens=max_tokens, path=path, seed=seed)
+        ratings = rate(chat, s, max_tokens or 16, path, seed) if beliefs else None
+    named, bayes = advice(s)
+    found = _at_the_end(s, bayes, ratings, tastes)
     columns = {'accuracy': accuracy(s), 'the Assistant\'s': by_user(named == s.held_choices), 'agreement': agreement(s, named)}
     t = Table('rounds seen', *columns, title=f'{model}: {users} users, {held_out} held-out sets', title_justify='left')
     for i in range(rounds + 1): t.add_row(str(i), *(str(c[i]) for c in columns.values()))
     unread = float((s.held_said < 0).mean())
     console = Console(soft_wrap=True, force_jupyter=False)
     console.print(t)
+    if found: console.print(_last(found))
     if unread: console.print(f'{unread:.1%} of the replies name no single option; they count as wrong.')
     if out: atomic_write(out, json.dumps(dict(model=model, world=world, noun=w.noun, features=[f.word for f in w.features], style=style, decide=decide, seed=seed, unreadable=unread,
-                                           **{k.replace("the Assistant's", 'assistant'): [asdict(x) for x in c] for k, c in columns.items()}) | stamp(), indent=1) + '\n')
+                                           **{k.replace("the Assistant's", 'assistant'): [asdict(x) for x in c] for k, c in columns.items()},
+                                           **{part: {k: asdict(x) for k, x in scores.items()} for part, scores in found.items()}) | stamp(), indent=1) + '\n')

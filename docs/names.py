@@ -4,7 +4,6 @@ nbdev links every name that the package defines, and where two modules define th
 Here the page decides: its own definition, else what it imports, else the only one there is (in the paper's folder, or at all)."""
 from __future__ import annotations
 import ast, json
-from collections import defaultdict
 from pathlib import Path
 from cells import joined
 

@@ -81,7 +81,7 @@ def test_quarters_are_quarters():
 def test_recall_is_the_mean_over_sizes():
     plan = {t: lle.FULL[t] for t in ('mqar-8', 'mqar-16')}
     e = made_up(lle, plan, lambda m, task, test, x: (.9 if task == 'mqar-8' else .5) if levelled(m) else .5, lambda *a: .5)
-    i = llr.recall(e, 'mamba2')
+    i = llr.gained(e, 'mamba2', 'mqar')
     assert i.value == pytest.approx(.2, abs=.03) and i.low < .2 < i.high
 
 
@@ -92,11 +92,11 @@ PA_GOOD = lambda plan=pae.QUICK, **k: made_up(pae, plan, lambda m, *a: 1. if PAT
 def test_a_size_that_neither_learned_is_left_out():
     "Guessing is right once in eight: such a pair says nothing, and does not count"
     e = made_up(lle, lle.FULL, lambda m, task, *a: .125 if task != 'mqar-8' else .9 if levelled(m) else .5, lambda *a: .5)
-    i = llr.recall(e, 'mamba2')
+    i = llr.gained(e, 'mamba2', 'mqar')
     assert i.value == pytest.approx(.4, abs=.03) and i.n == N
-    assert llr.rewritten(e, 'mamba2') is None
+    assert llr.gained(e, 'mamba2', 'mqrar') is None
     one = made_up(lle, lle.FULL, lambda m, task, *a: .25 if task == 'mqar-8' and levelled(m) else .125, lambda *a: .5)
-    assert llr.recall(one, 'mamba2').value == pytest.approx(.125, abs=.03) # enough that one of them does better
+    assert llr.gained(one, 'mamba2', 'mqar').value == pytest.approx(.125, abs=.03) # enough that one of them does better
 
 
 def test_a_mixer_that_solves_everything_is_found_to():

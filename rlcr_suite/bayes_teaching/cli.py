@@ -7,7 +7,7 @@ __all__ = ['app', 'Kind', 'Features', 'Category', 'Model', 'Url', 'Wording', 'Lo
 
 # %% ../../nbs/07_bayes_teaching/11_commands.ipynb #139678ef
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Option
 from ..core.commands import examples, named_chat

@@ -136,7 +136,7 @@ class Amount:
 def _plan(steps:int, batch:int=256, scales:int|None=None, each:int=3, draws:int=DRAWS, samples:int=32)->dict:
     return dict(steps=steps, batch=batch, scales=scales, each=each, draws=draws, samples=samples)
 
-SCALES = {'quick': Amount(tuple(SIZES), (0, 1, 2), _plan(1200)), 'full': Amount(tuple(SIZES), (0, 1, 2), _plan(2400, each=9)), 'test': Amount(('small',), (0,), _plan(6, 16, scales=2, draws=4, samples=2))}
+SCALES = {'quick': Amount(tuple(SIZES), (0, 1, 2), _plan(1200)), 'full': Amount(tuple(SIZES), tuple(range(5)), _plan(2400, each=9)), 'test': Amount(('small',), (0,), _plan(6, 16, scales=2, draws=4, samples=2))}
 
 REPLY = 2 # tokens of a model's reply: a clue or a place is one, and so is its end
 

@@ -110,24 +110,26 @@ def mqrar(n:int, # sequences
 # %% ../../nbs/00_core/10_tasks.ipynb #a50f0002
 def as_of(n:int, # sequences
           T:int=64, # tokens in each, even
-          keys:int=8, # each has a value in either half
+          keys:int=8, # size of the alphabet of keys
           values:int=8, # size of the alphabet of values
+          pairs:int|None=None, # how many of the keys stand in a sequence, each with a value in either half; None: all
           queries:int|None=None, # how many are asked, of keys and times drawn anew each time; None: as many as there is room for
           ask:Sequence[str]=('now', 'then'), # the times that are asked for
           seed:int|Sequence[int]=0,
          )->Task: # asked: the value after each query, which stands there afterwards
     "Recall of the newer or the older of two values of a key, as the query says. Raises `ValueError` where they do not fit"
-    half, times = T//2, ('now', 'then')
-    queries = (half - 2*keys)//3 if queries is None else queries
-    _need(T % 2 == 0 and keys > 0 and values > 1 and queries > 0 and half >= 2*keys + 3*queries and len(ask) > 0 and set(ask) <= set(times),
-          f'as_of: each half of an even T must hold {keys} keys with their values, the second {queries} queries of three tokens as well, with 2 values at least, and ask one or both of now and then; got T={T}, {values} values, ask={ask!r}')
+    half, times, pairs = T//2, ('now', 'then'), keys if pairs is None else pairs
+    queries = (half - 2*pairs)//3 if queries is None else queries
+    _need(T % 2 == 0 and 0 < pairs <= keys and values > 1 and queries > 0 and half >= 2*pairs + 3*queries and len(ask) > 0 and set(ask) <= set(times),
+          f'as_of: each half of an even T must hold {pairs} of {keys} keys with their values, the second {queries} queries of three tokens as well, with 2 values at least, and ask one or both of now and then; got T={T}, {values} values, ask={ask!r}')
     rng, gap = np.random.default_rng(seed), keys + values + len(times)
     x, labels, had = np.full((n, T), gap), np.full((n, T), -100), keys + rng.integers(values, size=(2, n, keys))
+    there = rng.random((n, keys)).argsort(1)[:, :pairs]
     for start, value in zip((0, half), had):
-        k = rng.random((n, keys)).argsort(1)
-        x[:, start:start + 2*keys:2], x[:, start + 1:start + 2*keys:2] = k, np.take_along_axis(value, k, 1)
-    when, k = rng.choice([times.index(a) for a in ask], size=(n, queries)), rng.integers(keys, size=(n, queries))
-    at = half + 2*keys + 3*np.arange(queries)
+        k = rng.permuted(there, axis=1)
+        x[:, start:start + 2*pairs:2], x[:, start + 1:start + 2*pairs:2] = k, np.take_along_axis(value, k, 1)
+    when, k = rng.choice([times.index(a) for a in ask], size=(n, queries)), np.take_along_axis(there, rng.integers(pairs, size=(n, queries)), 1)
+    at = half + 2*pairs + 3*np.arange(queries)
     x[:, at], x[:, at + 1] = keys + values + when, k
     x[:, at + 2] = labels[:, at + 2] = np.where(when == 0, *(np.take_along_axis(v, k, 1) for v in had[::-1]))
     return _task(x, labels, [*_names('k', keys), *_names('v', values), *times, '~'])
@@ -176,17 +178,22 @@ def word_problem(n:int, # sequences
                  T:int=22, # tokens in each: the beginning, T-2 elements and the end
                  name:str='A5', # of the group
                  moves:int|None=None, # elements that move at most so many points: 2 leaves swaps and the identity; None: all
+                 elements:Sequence[str]|None=None, # or these, named as in `Task.tokens`: the identity and some that generate the group, say
                  seed:int|Sequence[int]=0,
                 )->Task: # asked: after each element, the product so far
-    "The word problem of a group (after Merrill et al. 2024). Raises `ValueError` where no element but the identity is left"
+    "The word problem of a group (after Merrill et al. 2024). Raises `ValueError` where no element but the identity is left, or for one that is not of the group"
     p, table = _group(name)
+    tokens = [''.join(map(str, q)) for q in p.tolist()]
     few = np.flatnonzero((p != np.arange(p.shape[1])).sum(1) <= (p.shape[1] if moves is None else moves))
     _need(T > 2 and len(few) > 1, f'word_problem: T must be at least 3, and {name} needs an element that moves at most {moves} points; got T={T}')
+    if elements is not None:
+        _need(len(elements) > 1 and set(elements) <= set(tokens), f'word_problem: elements must be two or more of those of {name}, not {elements!r}')
+        few = np.array([tokens.index(e) for e in elements])
     x, labels = np.full((n, T), len(p)), np.full((n, T), -100)
     x[:, 0], x[:, 1:-1] = len(p) + 1, few[np.random.default_rng(seed).integers(len(few), size=(n, T - 2))]
     product = np.zeros(n, np.int64)
     for t in range(2, T): labels[:, t] = product = table[x[:, t - 1], product]
-    return _task(x, labels, [''.join(map(str, q)) for q in p.tolist()] + ['end', 'begin'])
+    return _task(x, labels, [*tokens, 'end', 'begin'])
 
 # %% ../../nbs/00_core/10_tasks.ipynb #4a637634
 def text(n:int, # documents
@@ -280,10 +287,15 @@ class Fresh(Dataset):
                  batch:int, # sequences in a batch
                  steps:int, # batches
                  seed:int=0,
-                ): self.sample, self.batch, self.steps, self.seed = sample, batch, steps, seed
+                 lessons:Sequence[tuple[float, Callable[..., Task]]]=(), # easier ones that come first: share of the batches, and sample
+                ):
+        self.sample, self.batch, self.steps, self.seed, self.lessons = sample, batch, steps, seed, lessons
+        self.ends = np.cumsum([share for share, _ in lessons])*steps # lesson j is over at batch ends[j]
+        _need(all(share > 0 for share, _ in lessons) and sum(share for share, _ in lessons) < 1, f'lessons must have positive shares of the batches and leave some for the task; got {[share for share, _ in lessons]}')
     def __len__(self)->int: return self.steps
     def __getitem__(self, i:int)->dict[str, Tensor]:
-        t = self.sample(n=self.batch, seed=[self.seed, i])
+        j = int(np.searchsorted(self.ends, i, side='right'))
+        t = (self.lessons[j][1] if j < len(self.lessons) else self.sample)(n=self.batch, seed=[self.seed, i])
         return dict(input_ids=t.input_ids, labels=t.labels)
 
 # %% ../../nbs/00_core/10_tasks.ipynb #2ffc4905
@@ -294,6 +306,7 @@ def fit(model, # any causal language model that takes input_ids and labels; trai
         batch:int=32, # fresh sequences in a step
         lr:float=3e-3, # peak learning rate; falls to zero along a cosine after the warm-up
         seed:int=0, # of the data; the model was made by the caller
+        lessons:Sequence[tuple[float, Callable[..., Task]]]=(), # as in `Fresh`
         callbacks:Sequence=(), # more `TrainerCallback`s
         **overrides, # any argument of `TrainingArguments`
        ): # the trainer
@@ -305,6 +318,6 @@ def fit(model, # any causal language model that takes input_ids and labels; trai
                   weight_decay=.01, max_grad_norm=1., logging_steps=max(1, min(10, steps//10)), save_strategy='steps' if 'save_steps' in overrides else 'no', save_total_limit=2,
                   report_to='none', disable_tqdm=True, use_cpu=not gpu, bf16=False, seed=seed, remove_unused_columns=False)
     args = TrainingArguments(output_dir=str(output_dir), **(config | overrides))
-    data = Fresh(sample, batch, steps*args.gradient_accumulation_steps, seed)
+    data = Fresh(sample, batch, steps*args.gradient_accumulation_steps, seed, lessons)
     trainer = Trainer(model=model, args=args, train_dataset=data, data_collator=lambda items: items[0], callbacks=[*journalling(output_dir), *callbacks])
     return resume(trainer, output_dir)

@@ -97,7 +97,9 @@ def _try(trial:Trial, task:str)->None:
     p, begin = trial.plan[task], time.perf_counter()
     sample = generator(p['make'])
     model = tiny_decoder(len(sample(n=1, seed=0).tokens), trial.mixer, seed=trial.seed, **(p['model'] | p.get('mixers', {}).get(trial.mixer, {})))
-    fit(model, sample, trial.dir/task, seed=trial.seed, **p['train'])
+    train = dict(p['train'])
+    lessons = [(share, generator(p['make'] | easier)) for share, easier in train.pop('lessons', ())]
+    fit(model, sample, trial.dir/task, seed=trial.seed, lessons=lessons, **train)
     seconds, found = time.perf_counter() - begin, []
     for name, test in p['tests'].items():
         test = dict(test)

@@ -104,7 +104,7 @@ def test_a_mixer_that_solves_everything_is_found_to():
     assert v['rope-sparse'] is v['fox-sparse'] is None # they guess as in training, too
     for id in ('flip-flop-id', 'flip-flop-sparse', 'flip-flop-dense', 's5', 's5-rope', 's5-fox', 's5-longer', 'text-path', 'text-path-fox', 'longer-rope', 'wy', 'blocks',
                'decode'): assert v[id] is True, id
-    for id in ('s3', 'a5-layers', 'mqrar', 'ruler'): assert v[id] is None, id
+    for id in ('s3', 'a5', 'a5-layers', 's5-layers', 'rope-two', 'fox-two', 'mqrar', 'ruler'): assert v[id] is None, id
 
 
 def test_mixers_that_solve_nothing_are_not_found_to():
@@ -118,6 +118,19 @@ def test_who_has_not_learned_a_task_cannot_fail_at_another(known, sparse, status
     for c in (c for c in par.CLAIMS if c.id in ('rope-sparse', 'fox-sparse')):
         c = c.decide(par.OURS[c.id](e))
         assert c.status == status and c.ours.value == pytest.approx(known - sparse, abs=.03)
+
+
+@pytest.mark.parametrize('known, sparse, rope, fox', [(1., .9, True, False), (1., 1., False, True), (.7, .7, None, False)])
+def test_a_second_layer(known, sparse, rope, fox):
+    "RoPE with two layers is compared to PaTH with one, once it has learned the task; FoX has to solve it"
+    v = verdicts(par, made_up(pae, pae.FULL, lambda m, task, test, x: 1. if task != 'flip-flop-2' else sparse if test == 'sparse' else known, lambda *a: .5))
+    assert (v['rope-two'], v['fox-two']) == (rope, fox)
+
+
+@pytest.mark.parametrize('four, holds', [(.5, True), (1., False)])
+def test_layers_are_counted_against_one(four, holds):
+    v = verdicts(par, made_up(pae, pae.FULL, lambda m, task, *a: 1. if PATH(m) else four if task.endswith('-4') else .1, lambda *a: .5))
+    assert v['a5'] is True and v['s5-layers'] is v['a5-layers'] is holds
 
 
 def test_the_worse_end_of_an_interval_decides():
@@ -174,11 +187,12 @@ def test_claims(paper, tmp_path, monkeypatch):
 def test_plans_can_be_run(paper, tmp_path):
     "Every task and every test of every scale can be drawn, and what the results page reads is there"
     experiment, _ = CHAPTERS[paper]
+    every = (*experiment.MIXERS, *getattr(experiment, 'RECURRENT', ()))
     for scale, s in experiment.SCALES.items():
         json.dumps(s.plan) # plans go to processes as JSON
         assert scale == 'test' or len(s.seeds) >= 3
-        assert set(s.mixers) <= set(experiment.MIXERS) and (scale != 'full' or s.mixers == experiment.MIXERS)
-        assert all(set(p.get('only', ())) <= set(experiment.MIXERS) for p in s.plan.values())
+        assert set(s.mixers) <= set(every) and (scale != 'full' or s.mixers == every)
+        assert all(set(p.get('only', ())) <= set(every) for p in s.plan.values())
         for p in s.plan.values():
             for test in p['tests'].values():
                 more = {k: v for k, v in test.items() if k not in ('n', 'bins', 'batch')}

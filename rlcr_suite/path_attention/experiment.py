@@ -28,14 +28,14 @@ _BIT = dict(make=dict(task='flip_flop', T=128), model=_sizes(), train=_train(120
 _TEXT = dict(make=dict(task='text', T=128, names=16, words=16, alpha=.1), model=_sizes(layers=2), train=_train(200, 16), tests={'same': dict(n=200, bins=16), 'longer': dict(n=100, T=512, bins=16)})
 
 def _more(p:dict, steps:int, only:tuple[str, ...]=MIXERS)->dict: return p | dict(train=p['train'] | dict(steps=steps, save_steps=500), only=[*only]) # the same for longer
-def _deeper(p:dict, layers:int)->dict: return p | dict(model=p['model'] | dict(layers=layers), only=['softmax', 'fox'])
+def _deeper(p:dict, layers:int, *only:str)->dict: return p | dict(model=p['model'] | dict(layers=layers), only=[*only])
 def _back(n:int)->dict: # values back; three tokens an assignment or question
     return dict(make=dict(task='mqrar', T=96, back=n, keys=8, values=16), model=_sizes(layers=2), train=_train(400, 16), tests={'same': dict(n=200)}, only=[*MIXERS])
 QUICK = {'flip-flop': _BIT, 'S5': _words('S5', 1400), 'text': _TEXT}
 _ALL = (*MIXERS, *RECURRENT)
 _S5, _A5 = _more(QUICK['S5'], 2000, _ALL), _more(_words('A5', 1, T=18, longer=34, elements=HALF_TURNS), 1200)
-FULL = {'flip-flop': _more(_BIT, 240, _ALL), 'flip-flop-2': _deeper(_more(_BIT, 1500), 2), 'S3': _more(_words('S3', 1), 600), 'S5': _S5, 'S5-4': _deeper(_S5, 4),
-        'A5': _A5, 'A5-2': _deeper(_A5, 2), 'A5-4': _deeper(_A5, 4), 'text': _more(_TEXT, 400), **{f'mqrar-{n}': _back(n) for n in (1, 2, 3)}}
+FULL = {'flip-flop': _more(_BIT, 240, _ALL), 'flip-flop-2': _deeper(_more(_BIT, 1500), 2, 'softmax', 'fox'), 'S3': _more(_words('S3', 1), 600), 'S5': _S5, 'S5-4': _deeper(_S5, 4, 'softmax'),
+        'A5': _A5, 'A5-2': _deeper(_A5, 2, 'softmax'), 'A5-4': _deeper(_A5, 4, 'softmax'), 'text': _more(_TEXT, 400), **{f'mqrar-{n}': _back(n) for n in (1, 2, 3)}}
 _SHORT, _FEW = dict(hidden_size=16), _train(2, 4)
 TEST = {'flip-flop': _BIT | dict(make=dict(task='flip_flop', T=16), model=_sizes(**_SHORT), train=_FEW, tests={t: dict(n=4) for t in ('id', 'sparse', 'dense')}),
         'S5': _words('S5', 2, T=6, **_SHORT) | dict(train=_FEW, tests={'same': dict(n=4, bins=6), 'longer': dict(n=4, T=8, bins=8)}),

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from ..core.blocks import Level, check_shapes, halves, levels, packed
+from ..core.blocks import Level, check_shapes, halves, levels, packed, prefix_sum
 from .fenwick import buckets, level_mask
 from .forms import earlier_buckets, head_first, in_blocks, masked_attention, transported, tree_attention
 from .recurrence import LogLinearState, accumulator, check_alike, check_room, empty_state, spread_heads
@@ -64,14 +64,14 @@ class _Decays:
     """Every decay of R rows: `a` (R, N, C) within blocks; of each group, `scales` of the queries and `ends` of the keys (m, C, 1) and whether it is mild;
     `way` (J, R, N, 1 or C) from the node of each level to where the queries are scaled to; `node[j]` (R, n, 1, 1) of the right-hand nodes of level j"""
     def __init__(self, g: torch.Tensor, C: int):
-        self.a = F.pad(g, (0, -g.shape[1] % C)).unflatten(1, (-1, C)).cumsum(-1, dtype=torch.float64)
+        self.a = prefix_sum(F.pad(g, (0, -g.shape[1] % C)).unflatten(1, (-1, C)).double())
         (R, N, _), D = self.a.shape, self.a[..., -1:]
         mild = self.a.amin(-1, keepdim=True) > MILD
         reached = D if (all_mild := bool(mild.all())) else torch.where(mild, D, self.a)
         cut = lambda x: _split(x.flatten(1), C)
         self.scales, self.ends = ([x[..., None] for x in cut(y)] for y in ((self.a - reached).exp_().to(g), _exp(D - self.a, g.dtype)))
         self.milds = [all_mild or bool(mild[rows, first:first + n].all()) for rows, first, n in _groups(R, N)]
-        self.total = F.pad(D[..., 0].cumsum(-1), (1, 0))
+        self.total = F.pad(prefix_sum(D[..., 0]), (1, 0))
         p = self.total[:, :-1] - self.total[:, _starts(N, g.device)].transpose(0, 1)
         self.way = _exp(reached + p[..., None], g.dtype)
         self.right = [_right_nodes(N, j, g.device) for j in range(len(p))]
@@ -291,14 +291,14 @@ def _decay_grad(rows: torch.Tensor, columns: torch.Tensor, dnode: list[torch.Ten
     near, far = rows[..., :c].sum((2, 3)), rows[..., c:].sum(2)                         # of each block: read in it, and at each level outside
     dtotal = torch.zeros_like(d.total)                                                  # of the decays before each block
     dtotal[:, :N] += far.sum(-1)
-    for j, start in enumerate(_starts(N, rows.device)):
-        dtotal.index_add_(1, start, -far[..., j])
-        first, end = d.right[j]
+    for j, (first, end) in enumerate(d.right):
+        dtotal[:, :N:1 << j] -= _whole(far[..., j], -(-N >> j) << j).unflatten(1, (-1, 1 << j)).sum(2) # what reads from each node, at its beginning
         dD = (dnode[j] * d.node[j][..., 0, 0]).double()
-        dtotal.index_add_(1, end, dD).index_add_(1, first, -dD)
-    own = dtotal.flip(1).cumsum(1).flip(1)[:, 1:] + columns.sum(2) - near               # of each block's own: what it writes for others decays too
-    da = rows.sum(-1) - columns
-    return (da.flip(2).cumsum(2).flip(2) + own[..., None]).flatten(1)
+        dtotal.index_add_(1, end, dD).index_add_(1, first, -dD)                         # no place twice: the order does not matter
+    own = _suffix_sum(dtotal, 1)[:, 1:] + columns.sum(2) - near                         # of each block's own: what it writes for others decays too
+    return (_suffix_sum(rows.sum(-1) - columns, 2) + own[..., None]).flatten(1)
+
+def _suffix_sum(x: torch.Tensor, dim: int) -> torch.Tensor: return prefix_sum(x.flip(dim), dim).flip(dim)
 
 def _looked_back(u: _GradWork, outer, douter, dnode) -> torch.Tensor | None:
     "Gradients of what a group read of whole groups; returns the gradient of its own root, which by now is complete"
@@ -400,7 +400,7 @@ def _scalar_piece(tree: Callable, q, k, v, g, lam, beta, state: LogLinearState |
     if not (t0 or return_state): return o, None
     dtype = accumulator(v, g, state and state.S)
     q, k, x = (y.to(dtype) for y in (spread_heads(q, v.shape[2]), spread_heads(k, v.shape[2]), v))
-    a = g.double().cumsum(1)
+    a = prefix_sum(g.double(), 1)
     earlier, S = earlier_buckets(state, lam.shape[-1], x), [None]*lam.shape[-1]
     for l, Z in earlier.items():
         o = o + ((lam[..., l] * a.exp())[..., None].to(dtype) * torch.einsum("bthk,bhkv->bthv", q, Z)).to(o.dtype)
@@ -484,8 +484,7 @@ def log_linear_attention(q: torch.Tensor, # (B, T, G, K) queries
                          backend: str = "auto", # "naive" (the definition), "torch", "triton", or "auto": see `backend_for`
                         ) -> torch.Tensor | tuple[torch.Tensor, LogLinearState]: # (B, T, H, V) in the type of `v`, and the state
     """Log-linear attention (Guo et al. 2025), causal, of any length: O(T log T) time, O(T) memory (delta form: O(T log T)). Sums in float32 at least. Gradients reach every
-    input and the initial state; on a CPU, and from the kernels, they are the same bits at every run (torch on a GPU sums
-    in no fixed order). The triton backend takes bfloat16 and float32 and keys of at most 256; its delta form neither continues a
+    input and the initial state, and are the same bits at every run. The triton backend takes bfloat16 and float32 and keys of at most 256; its delta form neither continues a
     state nor has gradients through the one it returns (`auto` takes torch there). Raises `ValueError` on shapes, types and devices that do not fit, on sequences longer than
     the levels of `lam` hold, and on a backend that cannot take the inputs."""
     _check(q, k, v, g, lam, beta, initial_state, cu_seqlens)
@@ -554,7 +553,7 @@ def _linear(q, k, v, g, beta, S: torch.Tensor | None) -> tuple[torch.Tensor, tor
     if not T: return v.to(dtype), S
     C = min(CHUNK, 1 << (T - 1).bit_length())
     q, k, v, g, _, beta = (None if x is None else in_blocks(x.to(dtype), C) for x in head_first(q, k, v, g, g[..., None], beta))
-    a = g.double().cumsum(-1)
+    a = prefix_sum(g.double())
     A, qt, kt, P = transported(q, k, beta)
     causal = torch.ones(C, C, dtype=torch.bool, device=v.device).tril()
     o = (A * (a[..., :, None] - a[..., None, :]).masked_fill(~causal, -torch.inf).to(v).exp()) @ v

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
-from ..core.blocks import check_shapes, sequences
+from ..core.blocks import check_shapes, prefix_sum, sequences
 from .interpreter import why_not_here
 
 __all__ = ['CHUNK', 'aot_cases', 'path_attention', 'path_attention_decode', 'supports', 'supports_decode', 'why_not', 'why_not_decode']
@@ -655,13 +655,15 @@ def config(dtype: torch.dtype, # of q, k, v
     "Chosen by compiling ahead of time for sm_80, 90 and 100, so that nothing spills in the forward pass of 16-bit data."
     if dtype == torch.float32: return Config((32, 8, 1), (32, 8, 1), (32, 8, 1), 8, 'tf32x3')
     if BD <= 64: return Config((64, 4 if sm == 90 else 8, 3), (64, 8, 2), (64, 8, 2), 4 if sm >= 90 else 8, 'tf32')
-    return Config((32 if sm < 90 or sm >= 100 and gate else 64, 8, 2), (32, 8, 2), (32, 8, 2), 8, 'tf32')
+    return Config((32 if sm < 90 or sm >= 100 and gate else 64, 8, 3 if sm < 90 and gate else 2), (32, 8, 2), (32, 8, 2), 8, 'tf32')
 
 def leaf_length(dtype: torch.dtype) -> int:
     "Tokens a leaf: a tile of two leaves has to fit shared memory, and fp32 is twice as wide"
     return CHUNK//2 if dtype == torch.float32 else CHUNK
 
 def _query_warps(cfg: Config, sm: int) -> int: return 4 if sm >= 100 else cfg.warps # of `_query_prepare_kernel`: eight would spill there
+
+def _inverse_stages(sm: int) -> int: return 2 if sm < 90 else 1 # of `_inverse_grad_kernel`: one would spill three times as much there
 
 def _capability(x: torch.Tensor) -> int:
     "80, 90, 100, ...; the interpreter does as sm_90"
@@ -756,7 +758,7 @@ class _PathAttention(torch.autograd.Function):
         _query_prepare_grad_kernel[s.leaves, B*HQ](q, k, w, u, y, s.leaf, dlogits, dqt, dq, du, dy, dk_part, dw_part, dc, T, s.leaves,
                                                    run.scale, GATE=run.gate, **back)
         _node_leaf_grad_kernel[s.leaves, B*H](w, y, s.leaf, dy, dw_part, dp, T, s.leaves, s.nodes, **back)
-        _inverse_grad_kernel[s.leaves, B*H](k, w, beta, s.leaf, inv, du, dy, dkt, dlogits, dbeta, T, s.leaves, **back | dict(num_warps=8))
+        _inverse_grad_kernel[s.leaves, B*H](k, w, beta, s.leaf, inv, du, dy, dkt, dlogits, dbeta, T, s.leaves, **back | dict(num_warps=8, num_stages=_inverse_stages(_capability(w))))
         BN = min(32, run.BD)
         _key_prepare_grad_kernel[s.leaves, run.BD//BN, B*H](k, w, beta, s.leaf, inv, u, du, dlogits, dy, dk_part, dw_part, dkt, dk, dw, T,
                                                             s.leaves, BN=BN, **back)
@@ -764,24 +766,16 @@ class _PathAttention(torch.autograd.Function):
         dgate = _running_grad(dc - dck, run.coef, ctx.how[2]).to(gate.dtype) if run.gate else None
         return dq, dk, dv, dw, dbeta, dgate, None, None, None, None
 
-def _sums(x):
-    "Running sums along the last axis by doubling: in an order of their own, which torch.cumsum does not promise on a GPU"
-    s = 1
-    while s < x.shape[-1]:
-        x = x + torch.nn.functional.pad(x[..., :-s], (s, 0))
-        s *= 2
-    return x
-
 def _running(gate, q):
     "The running sum of log f as (2, B, HQ, T): what fp32 holds and what it leaves over; any tensor where there is no gate"
     if gate is None: return q
-    c = _sums(gate.double().transpose(1, 2))
+    c = prefix_sum(gate.double().transpose(1, 2))
     hi = c.float()
     return torch.stack([hi, (c - hi.double()).float()])
 
 def _running_grad(dc, coef, lengths):
     "From gradients of c (B, HQ, T) to those of log f (B, T, HQ): sums over the rest of every sequence"
-    rest = _sums(coef*dc.double().flip(-1)).flip(-1)
+    rest = prefix_sum(coef*dc.double().flip(-1)).flip(-1)
     rest = torch.cat([rest, rest.new_zeros(*rest.shape[:2], 1)], -1)
     ends = np.repeat(np.cumsum(lengths), lengths)
     return (rest[..., :-1] - rest[..., torch.as_tensor(ends, device=dc.device)]).transpose(1, 2)
@@ -904,6 +898,8 @@ def _merge_kernel(part, high, low, o, splits, DV: tl.constexpr, BV: tl.constexpr
 
 def _decode_step(BD: int, BV: int) -> int: return 64 if max(BD, BV) <= 64 else 32 # slots at a time; more would spill
 
+def _decode_warps(sm: int, gate: bool) -> int: return 8 if sm < 90 and gate else 4 # four would spill there
+
 @lru_cache(maxsize=64)
 def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor: return torch.tensor(numbers, dtype=torch.int32, device=device)
 
@@ -959,7 +955,7 @@ def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled,
     with torch.cuda.device_of(keys):
         _decode_kernel[splits + 1, B, H](queries, keys, recent, values, valid, c, total, _on_device(bounds, keys.device), part, high, low,
                                          B, S, W, P, slots, splits + 1, H=H, R=R, D=D, DV=V, BD=BD, BV=BV, BR=max(16, triton.next_power_of_2(R)),
-                                         BN=_decode_step(BD, BV), GATE=c is not None, num_warps=4, num_stages=2)
+                                         BN=_decode_step(BD, BV), GATE=c is not None, num_warps=_decode_warps(_capability(keys), c is not None), num_stages=2)
         _merge_kernel[B*HQ,](part, high, low, o, splits + 1, DV=V, BV=BV, BS=triton.next_power_of_2(splits + 1), num_warps=4)
     return o
 
@@ -968,8 +964,8 @@ def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled,
 def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16', 'fp32'
               dims: tuple[int, ...] = (64, 128), # head dims
               gates: tuple[bool, ...] = (False, True), # without and with a gate
-              sm: int = 90, # compute capability times ten
-             ) -> list: # of `aot.Case`: every kernel as it is launched, with 32 query and 8 key heads
+              sms: tuple[int, ...] = (80, 90, 100), # compute capabilities times ten
+             ) -> list: # of `aot.Case`: every kernel as it is launched there, with 32 query and 8 key heads
     "What `rlcr_suite.kernels.aot` compiles"
     from .aot import Case
     kernels = (_prepare_kernel, _leaf_node_kernel, _query_prepare_kernel, _compose_kernel, _transport_kernel, _forward_kernel,
@@ -984,12 +980,12 @@ def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16',
         own = {'transport': dict(out=f'*{dtype}'), 'key_prepare_grad': dict(dk=f'*{dtype}'),
                'decode': dict(q='*fp32', c='*fp64', total='*fp64'), 'merge': dict(o='*fp32')}
         kind = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[dtype]
-        for D, gate in product(dims, gates):
+        for sm, D, gate in product(sms, dims, gates):
             BD = max(16, triton.next_power_of_2(D))
             cfg = config(kind, BD, sm, gate)
             const = dict(HQ=32, H=8, R=4, D=D, BD=BD, DV=D, BV=BD, C=leaf_length(kind), BR=16, BS=64, SAVE=True, KEYS=True, GATE=gate, PREC=cfg.prec)
             how = {'forward': (cfg.forward, 'BN'), 'query_grad': (cfg.queries, 'BN'), 'key_grad': (cfg.keys, 'BM'), 'merge': ((64, 4, 3), 'BN'),
-                   'decode': ((_decode_step(BD, BD), 4, 2), 'BN'), 'inverse_grad': ((64, 8, 1), 'BN'), 'key_prepare_grad': ((min(32, BD), cfg.warps, 1), 'BN'),
+                   'decode': ((_decode_step(BD, BD), _decode_warps(sm, gate), 2), 'BN'), 'inverse_grad': ((64, 8, _inverse_stages(sm)), 'BN'), 'key_prepare_grad': ((min(32, BD), cfg.warps, 1), 'BN'),
                    'query_prepare': ((64, _query_warps(cfg, sm), 1), 'BN')}
             for kernel in kernels:
                 name = kernel.__name__.strip('_').removesuffix('_kernel')
@@ -997,5 +993,5 @@ def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16',
                 (block, warps, stages), letter = how.get(name, ((min(64, BD), cfg.warps, 1), 'BN'))
                 values = {a: x for a, x in (const | {letter: block}).items() if a in kernel.arg_names}
                 types = {a: (plain | data | own.get(name, {})).get(a, '*fp32') for a in kernel.arg_names if a not in values}
-                found.append(Case(f"{name} {dtype} d{D}" + ' gate'*gate, kernel, types, values, warps, stages))
+                found.append(Case(f"{name} {dtype} d{D}" + ' gate'*gate, kernel, types, values, warps, stages, capabilities=(sm,)))
     return found

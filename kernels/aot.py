@@ -46,6 +46,7 @@ class Case:
     num_stages: int = 2
     aligned: tuple[str, ...] = () # integer arguments that are multiples of 16 (pointers always count as aligned to 16 bytes)
     options: Mapping[str, object] = field(default_factory=dict) # further options of the backend, e.g. launch_cooperative_grid
+    capabilities: tuple[int, ...] = () # of the GPUs on which it is launched like this; () is all
 
 @dataclass(frozen=True)
 class Compiled:
@@ -63,11 +64,7 @@ class Compiled:
     ttgir: str = field(repr=False)
     ptx: str = field(repr=False)
     cubin: bytes = field(repr=False)
-
-    @cached_property
-    def sass(self)->str:
-        "The machine code as text, by `nvdisasm`."
-        return _on_cubin([_tool("nvdisasm"), "-c"], self.cubin)
+    sass: str = field(repr=False) # the machine code as text, by `nvdisasm`
 
     @property
     def spills(self)->int:
@@ -173,14 +170,14 @@ def compile_for(kernel, # a `@triton.jit` function
     usage, sass = _usage(cubin), _on_cubin([_tool("nvdisasm"), "-c"], cubin)
     return Compiled(label or kernel.__name__.strip("_"), capability, meta.num_warps, num_stages, usage["REG"],
                     _local_bytes(sass, "STL"), _local_bytes(sass, "LDL"), usage["STACK"], meta.shared,
-                    getattr(meta, "tmem_size", None) or 0, made.asm["ttgir"], made.asm["ptx"], cubin)
+                    getattr(meta, "tmem_size", None) or 0, made.asm["ttgir"], made.asm["ptx"], cubin, sass)
 
 def compile_cases(cases:Sequence[Case], # what to compile
                   capabilities:Sequence[int]=(80, 90, 100), # for which GPUs
                  )->list[Compiled]: # in the order cases x capabilities
-    "Every case for every GPU."
+    "Every case for every GPU on which it is launched so."
     return [compile_for(c.kernel, c.signature, c.constexprs, cap, c.num_warps, c.num_stages, c.aligned, c.label, **c.options)
-            for c in cases for cap in capabilities]
+            for c in cases for cap in capabilities if not c.capabilities or cap in c.capabilities]
 
 def report(module:str, # name of a module that has `aot_cases()`
            capabilities:Sequence[int]=(80, 90, 100), # for which GPUs

@@ -1,9 +1,24 @@
-"Whether kernels run in Triton's interpreter, on the CPU, and why they cannot where they cannot."
+"Whether kernels run in Triton's interpreter, on the CPU, and why they cannot where they cannot; and matrix products that are right there as well."
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["interpreted", "sequential", "why_not_here"]
+__all__ = ["dot", "add_dot", "interpreted", "sequential", "why_not_here"]
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+@triton.jit
+def dot(a, b, input_precision: tl.constexpr):
+    """a b, summed in float32; float32 operands by the tensor cores as `input_precision` says. The interpreter multiplies bfloat16 as the integers they are stored in:
+    widen them there, which is exact"""
+    if _INTERPRETED: return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=input_precision)
+    else: return tl.dot(a, b, input_precision=input_precision)
+
+@triton.jit
+def add_dot(acc, a, b, input_precision: tl.constexpr):
+    "acc + a b, in the same way"
+    if _INTERPRETED: return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=input_precision)
+    else: return tl.dot(a, b, acc, input_precision=input_precision)
 
 def interpreted(kernel:object, # made by `triton.jit`
                )->bool:

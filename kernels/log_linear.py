@@ -28,7 +28,8 @@ import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
-from .interpreter import why_not_here
+from ..core.blocks import check_shapes, sequences
+from .interpreter import dot, why_not_here
 
 __all__ = ["log_linear_attention", "log_linear_step", "supports", "why_not", "aot_cases"]
 
@@ -37,14 +38,6 @@ SEGMENT = 8 # chunks whose part of a node's gradient is summed by one program; t
 MAX_K = 256 # widest key that one program holds
 
 # ---------------------------------------------------------------------------------------------------------------- parts of kernels
-
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-@triton.jit
-def _dot(a, b, input_precision: tl.constexpr):
-    "A matrix product, summed in float32. The interpreter multiplies bfloat16 as the integers they are stored in: widen them there, which is exact"
-    if _INTERPRETED: return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=input_precision)
-    else: return tl.dot(a, b, input_precision=input_precision)
 
 @triton.jit
 def _tokens(chunks, c, C: tl.constexpr):
@@ -120,11 +113,11 @@ def _solve_kernel(k, beta, inverse, chunks, R, G, H, K: tl.constexpr, C: tl.cons
     key = _tile(k, rows, ok, h//R, G, 0, K, BK)
     b = tl.load(beta + rows*H + h, mask=ok, other=0.)
     level = _level(SIDE, LOG)
-    below = tl.where(i[:, None] > i[None, :], _dot(key, tl.trans(key), input_precision=PRECISION)*b[:, None], 0.)
+    below = tl.where(i[:, None] > i[None, :], dot(key, tl.trans(key), input_precision=PRECISION)*b[:, None], 0.)
     x = tl.where(level == 0, 1., 0.) - tl.where(level == 1, below, 0.)
     for l in range(2, LOG + 1):
-        step = _dot(tl.where(level == l, below, 0.), x, input_precision="tf32x3")
-        x -= _dot(x, step, input_precision="tf32x3")
+        step = dot(tl.where(level == l, below, 0.), x, input_precision="tf32x3")
+        x -= dot(x, step, input_precision="tf32x3")
     _put_matrix(inverse, x, c*H + h, n*SIDE, n*SIDE, C, C, SIDE, SIDE)
 
 @triton.jit
@@ -136,9 +129,9 @@ def _join_kernel(k, beta, inverse, chunks, R, G, H, K: tl.constexpr, SIDE: tl.co
     rows += SIDE
     ok = rows < tl.load(chunks + c*4 + 1)
     late, b = _tile(k, rows, ok, h//R, G, 0, K, BK), tl.load(beta + rows*H + h, mask=ok, other=0.)
-    x = _dot(late, tl.trans(early), input_precision=PRECISION)*b[:, None]
-    x = _dot(x, _matrix(inverse, c*H + h, 0, 0, 2*SIDE, 2*SIDE, SIDE, SIDE), input_precision="tf32x3")
-    x = _dot(_matrix(inverse, c*H + h, SIDE, SIDE, 2*SIDE, 2*SIDE, SIDE, SIDE), x, input_precision="tf32x3")
+    x = dot(late, tl.trans(early), input_precision=PRECISION)*b[:, None]
+    x = dot(x, _matrix(inverse, c*H + h, 0, 0, 2*SIDE, 2*SIDE, SIDE, SIDE), input_precision="tf32x3")
+    x = dot(_matrix(inverse, c*H + h, SIDE, SIDE, 2*SIDE, 2*SIDE, SIDE, SIDE), x, input_precision="tf32x3")
     _put_matrix(inverse, -x, c*H + h, SIDE, 0, 2*SIDE, 2*SIDE, SIDE, SIDE)
     _put_matrix(inverse, tl.zeros([SIDE, SIDE], tl.float32), c*H + h, 0, SIDE, 2*SIDE, 2*SIDE, SIDE, SIDE)
 
@@ -158,21 +151,21 @@ def _state_kernel(k, v, g, beta, inverse, z32, p32, z, p, total, chunks, leaf, R
         if DELTA:
             b = tl.load(beta + rows*H + h, mask=ok, other=0.)
             t = _matrix(inverse, c*H + h, 0, 0, C, C, C, C)*b[None, :]
-            hat = _dot(tl.trans(t.to(key.dtype)), key, input_precision=PRECISION)
+            hat = dot(tl.trans(t.to(key.dtype)), key, input_precision=PRECISION)
         else:
             hat = key.to(tl.float32)
         tiles: tl.constexpr = (V + BN - 1)//BN
         if n < tiles:
             value = _tile(v, rows, ok, h, H, n*BN, V, BN)
             late = (hat*tl.exp(last - a)[:, None]).to(key.dtype)
-            state = _dot(tl.trans(late), value, input_precision=PRECISION)
+            state = dot(tl.trans(late), value, input_precision=PRECISION)
             _put_matrix(z32, state, slot, 0, n*BN, K, V, BK, BN)
             _put_matrix(z, state, slot, 0, n*BN, K, V, BK, BN)
         elif DELTA:
             first = (n - tiles)*BN
             right = _tile(k, rows, ok, h//R, G, first, K, BN)
             eye = tl.where(tl.arange(0, BK)[:, None] == first + tl.arange(0, BN)[None, :], 1., 0.)
-            transition = eye - _dot(tl.trans(hat.to(key.dtype)), right, input_precision=PRECISION)
+            transition = eye - dot(tl.trans(hat.to(key.dtype)), right, input_precision=PRECISION)
             _put_matrix(p32, transition, slot, 0, first, K, K, BK, BN)
             _put_matrix(p, transition, slot, 0, first, K, K, BK, BN)
         if n == 0: tl.store(total + slot, last)
@@ -192,14 +185,14 @@ def _merge_kernel(z32, p32, z, p, total, merges, H, K: tl.constexpr, V: tl.const
         if col < wide:
             for s in range(0, K, BM):
                 a = _matrix(p32, right, row, s, K, K, BM, BM)
-                acc += _dot(a, _matrix(z32, left, s, col, K, V, BM, BN), input_precision=PRECISION)
+                acc += dot(a, _matrix(z32, left, s, col, K, V, BM, BN), input_precision=PRECISION)
             acc = acc*tl.exp(late) + _matrix(z32, right, row, col, K, V, BM, BN)
             _put_matrix(z32, acc, parent, row, col, K, V, BM, BN)
             _put_matrix(z, acc, parent, row, col, K, V, BM, BN)
         else:
             for s in range(0, K, BM):
                 a = _matrix(p32, right, row, s, K, K, BM, BM)
-                acc += _dot(a, _matrix(p32, left, s, col - wide, K, K, BM, BN), input_precision=PRECISION)
+                acc += dot(a, _matrix(p32, left, s, col - wide, K, K, BM, BN), input_precision=PRECISION)
             _put_matrix(p32, acc, parent, row, col - wide, K, K, BM, BN)
             _put_matrix(p, acc, parent, row, col - wide, K, K, BM, BN)
     else:
@@ -221,21 +214,21 @@ def _output_kernel(q, k, v, g, lam, beta, inverse, z, p, total, o, chunks, nodes
     i = tl.arange(0, C)
     a = tl.cumsum(tl.load(g + rows*H + h, mask=ok, other=0.), 0)
     query, key = _tile(q, rows, ok, h//R, G, 0, K, BK), _tile(k, rows, ok, h//R, G, 0, K, BK)
-    s = _dot(query, tl.trans(key), input_precision=PRECISION)
+    s = dot(query, tl.trans(key), input_precision=PRECISION)
     if DELTA:
         b = tl.load(beta + rows*H + h, mask=ok, other=0.)
         t = (_matrix(inverse, c*H + h, 0, 0, C, C, C, C)*b[None, :]).to(key.dtype)
         s = tl.where(i[:, None] >= i[None, :], s, 0.)
-        s = _dot(s.to(key.dtype), t, input_precision=PRECISION)
-        query = (query.to(tl.float32) - _dot(s.to(key.dtype), key, input_precision=PRECISION)).to(key.dtype)
+        s = dot(s.to(key.dtype), t, input_precision=PRECISION)
+        query = (query.to(tl.float32) - dot(s.to(key.dtype), key, input_precision=PRECISION)).to(key.dtype)
     s *= _decay(a, C)*_level_weights(lam, rows, ok, h, H, L, _level(C, LOG), C, LOG)
-    out = _dot(s.to(key.dtype), _tile(v, rows, ok, h, H, n*BN, V, BN), input_precision=PRECISION)
+    out = dot(s.to(key.dtype), _tile(v, rows, ok, h, H, n*BN, V, BN), input_precision=PRECISION)
     before = 0.
     for e in range(tl.load(chunks + c*4 + 2), tl.load(chunks + c*4 + 3)):
         slot = tl.load(nodes + e)*H + h
         weight = tl.load(lam + (rows*H + h)*L + tl.load(levels + e), mask=ok, other=0.)*tl.exp(a + before)
-        out += weight[:, None]*_dot(query, _matrix(z, slot, 0, n*BN, K, V, BK, BN), input_precision=PRECISION)
-        if DELTA: query = _dot(query, _matrix(p, slot, 0, 0, K, K, BK, BK), input_precision=PRECISION).to(key.dtype)
+        out += weight[:, None]*dot(query, _matrix(z, slot, 0, n*BN, K, V, BK, BN), input_precision=PRECISION)
+        if DELTA: query = dot(query, _matrix(p, slot, 0, 0, K, K, BK, BK), input_precision=PRECISION).to(key.dtype)
         before += tl.load(total + slot)
     _put(o, out, rows, ok, h, H, n*BN, V, BN)
 
@@ -253,13 +246,13 @@ def _transport_kernel(q, k, beta, inverse, p, seen, chunks, nodes, R, G, H, K: t
         query, key = _tile(q, rows, ok, h//R, G, 0, K, BK), _tile(k, rows, ok, h//R, G, 0, K, BK)
         b = tl.load(beta + rows*H + h, mask=ok, other=0.)
         t = (_matrix(inverse, c*H + h, 0, 0, C, C, C, C)*b[None, :]).to(key.dtype)
-        s = tl.where(i[:, None] >= i[None, :], _dot(query, tl.trans(key), input_precision=PRECISION), 0.)
-        s = _dot(s.to(key.dtype), t, input_precision=PRECISION)
-        query = (query.to(tl.float32) - _dot(s.to(key.dtype), key, input_precision=PRECISION)).to(key.dtype)
+        s = tl.where(i[:, None] >= i[None, :], dot(query, tl.trans(key), input_precision=PRECISION), 0.)
+        s = dot(s.to(key.dtype), t, input_precision=PRECISION)
+        query = (query.to(tl.float32) - dot(s.to(key.dtype), key, input_precision=PRECISION)).to(key.dtype)
         for e in range(first, last):
             _put_matrix(seen, query, e*H + h, 0, 0, C, K, C, BK)
             slot = tl.load(nodes + e)*H + h
-            query = _dot(query, _matrix(p, slot, 0, 0, K, K, BK, BK), input_precision=PRECISION).to(key.dtype)
+            query = dot(query, _matrix(p, slot, 0, 0, K, K, BK, BK), input_precision=PRECISION).to(key.dtype)
 
 @triton.jit
 def _query_grad_kernel(q, g, lam, do, z, p, total, seen, dseen, weights, after, dq, dlam, row_sum, chunks, nodes, levels, R, G, H, L,
@@ -288,11 +281,11 @@ def _query_grad_kernel(q, g, lam, do, z, p, total, seen, dseen, weights, after, 
         part = tl.zeros([C, BK], tl.float32)
         for col in range(0, V, BN):
             right = _tile(do, rows, ok, h, H, col, V, BN)
-            part += _dot(right, tl.trans(_matrix(z, slot, 0, col, K, V, BK, BN)), input_precision=PRECISION)
+            part += dot(right, tl.trans(_matrix(z, slot, 0, col, K, V, BK, BN)), input_precision=PRECISION)
         if DELTA:
             there = _matrix(seen, e*H + h, 0, 0, C, K, C, BK)
             _put_matrix(dseen, grad, e*H + h, 0, 0, C, K, C, BK)
-            grad = _dot(grad.to(query.dtype), tl.trans(_matrix(p, slot, 0, 0, K, K, BK, BK)), input_precision=PRECISION)
+            grad = dot(grad.to(query.dtype), tl.trans(_matrix(p, slot, 0, 0, K, K, BK, BK)), input_precision=PRECISION)
         else:
             there = query
         inner = tl.sum(there.to(tl.float32)*part, 1)
@@ -328,7 +321,7 @@ def _node_grad_kernel(q, do, seen, dseen, weights, after, dz_part, dp_part, dd_p
         else:
             left = _tile(q, rows, ok, h//R, G, 0, K, BK)
             right = _weighted(do, weights, rows, ok, h, H, e, n*BN, V, C, BN).to(left.dtype)
-        acc += _dot(tl.trans(left), right, input_precision=PRECISION)
+        acc += dot(tl.trans(left), right, input_precision=PRECISION)
         far += tl.sum(tl.load(after + e.to(tl.int64)*C + tl.arange(0, C)), 0)
     if n < tiles: _put_matrix(dz_part, acc, i*H + h, 0, n*BN, K, V, BK, BN)
     elif DELTA: _put_matrix(dp_part, acc, i*H + h, 0, (n - tiles)*BN, K, K, BK, BN)
@@ -353,7 +346,7 @@ def _split_kernel(z, p, total, dz, dp, dd, dz_part, dp_part, dd_part, splits, H,
                 if is_left:
                     for s in range(0, K, BM):
                         a = _matrix(p, other, s, row, K, K, BM, BM).to(tl.float32)
-                        acc += _dot(tl.trans(a), _matrix(dz, up, s, col, K, V, BM, BN), input_precision=PRECISION)
+                        acc += dot(tl.trans(a), _matrix(dz, up, s, col, K, V, BM, BN), input_precision=PRECISION)
                     acc *= tl.exp(tl.load(total + other))
                     mine = _matrix(z, me, row, col, K, V, BM, BN).to(tl.float32)
                     tl.store(dd + other.to(tl.int64)*(PARTS + 1) + n*BM + tl.arange(0, BM), tl.sum(acc*mine, 1)) # not further: see `_query_grad`
@@ -367,15 +360,15 @@ def _split_kernel(z, p, total, dz, dp, dd, dz_part, dp_part, dd_part, splits, H,
                 if is_left:
                     for s in range(0, K, BM):
                         a = _matrix(p, other, s, row, K, K, BM, BM).to(tl.float32)
-                        acc += _dot(tl.trans(a), _matrix(dp, up, s, col, K, K, BM, BN), input_precision=PRECISION)
+                        acc += dot(tl.trans(a), _matrix(dp, up, s, col, K, K, BM, BN), input_precision=PRECISION)
                 else:
                     for s in range(0, V, BM):
                         b = _matrix(z, other, col, s, K, V, BN, BM).to(tl.float32)
-                        acc += _dot(_matrix(dz, up, row, s, K, V, BM, BM), tl.trans(b), input_precision=PRECISION)
+                        acc += dot(_matrix(dz, up, row, s, K, V, BM, BM), tl.trans(b), input_precision=PRECISION)
                     acc *= tl.exp(tl.load(total + me))
                     for s in range(0, K, BM):
                         b = _matrix(p, other, col, s, K, K, BN, BM).to(tl.float32)
-                        acc += _dot(_matrix(dp, up, row, s, K, K, BM, BM), tl.trans(b), input_precision=PRECISION)
+                        acc += dot(_matrix(dp, up, row, s, K, K, BM, BM), tl.trans(b), input_precision=PRECISION)
             for s in range(first, last): acc += _matrix(dp_part, s*H + h, row, col, K, K, BM, BN)
             _put_matrix(dp, acc, me, row, col, K, K, BM, BN)
     else:
@@ -410,14 +403,14 @@ def _value_grad_kernel(q, k, v, g, lam, beta, inverse, do, dz, dd, row_sum, dv, 
     node = tl.load(leaf + c)
     slot = tl.maximum(node, 0)*H + h
     query, key = _tile(q, rows, ok, h//R, G, 0, K, BK), _tile(k, rows, ok, h//R, G, 0, K, BK)
-    attention = _dot(query, tl.trans(key), input_precision=PRECISION)
+    attention = dot(query, tl.trans(key), input_precision=PRECISION)
     if DELTA:
         b = tl.load(beta + rows*H + h, mask=ok, other=0.)
         t = (_matrix(inverse, c*H + h, 0, 0, C, C, C, C)*b[None, :]).to(key.dtype)
         attention = tl.where(i[:, None] >= i[None, :], attention, 0.).to(key.dtype)
-        attention = _dot(attention, t, input_precision=PRECISION)
+        attention = dot(attention, t, input_precision=PRECISION)
         _put_matrix(attention_out, attention, c*H + h, 0, 0, C, C, C, C)
-        hat = _dot(tl.trans(t), key, input_precision=PRECISION).to(key.dtype)
+        hat = dot(tl.trans(t), key, input_precision=PRECISION).to(key.dtype)
     else:
         hat = key
     level = _level(C, LOG)
@@ -429,12 +422,12 @@ def _value_grad_kernel(q, k, v, g, lam, beta, inverse, do, dz, dd, row_sum, dv, 
     column = tl.zeros([C], tl.float32)
     for col in range(0, V, BN):
         value, right = _tile(v, rows, ok, h, H, col, V, BN), _tile(do, rows, ok, h, H, col, V, BN)
-        grad += _dot(right, tl.trans(value), input_precision=PRECISION)
+        grad += dot(right, tl.trans(value), input_precision=PRECISION)
         dstate = _matrix(dz, slot, 0, col, K, V, BK, BN, node >= 0).to(key.dtype)
-        back += _dot(value, tl.trans(dstate), input_precision=PRECISION)
-        later = _dot(hat, dstate, input_precision=PRECISION)*till_end[:, None]
+        back += dot(value, tl.trans(dstate), input_precision=PRECISION)
+        later = dot(hat, dstate, input_precision=PRECISION)*till_end[:, None]
         column += tl.sum(value.to(tl.float32)*later, 1)
-        later += _dot(tl.trans(mixed), right, input_precision=PRECISION)
+        later += dot(tl.trans(mixed), right, input_precision=PRECISION)
         _put(dv, later, rows, ok, h, H, col, V, BN)
     _put(dhat, back*till_end[:, None], rows, ok, h, H, 0, K, BK)
     grad *= decay
@@ -463,12 +456,12 @@ def _leave_grad_kernel(k, dp, leaving, dhat, dattention, dt, chunks, leaf, R, G,
     da, grad = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for col in range(0, K, BN):
         right = tl.trans(_tile(k, rows, ok, h//R, G, col, K, BN))
-        da += _dot(_tile(leaving, rows, ok, h, H, col, K, BN), right, input_precision=PRECISION)
+        da += dot(_tile(leaving, rows, ok, h, H, col, K, BN), right, input_precision=PRECISION)
         dtransition = _matrix(dp, slot, col, 0, K, K, BN, BK, node >= 0).to(key.dtype)
         back = _tile(dhat, rows, ok, h, H, col, K, BN).to(tl.float32)
-        back = (back - _dot(key, tl.trans(dtransition), input_precision=PRECISION)).to(key.dtype)
+        back = (back - dot(key, tl.trans(dtransition), input_precision=PRECISION)).to(key.dtype)
         _put(dhat, back, rows, ok, h, H, col, K, BN)
-        grad += _dot(tl.trans(right), tl.trans(back), input_precision=PRECISION)
+        grad += dot(tl.trans(right), tl.trans(back), input_precision=PRECISION)
     _put_matrix(dt, grad, c*H + h, 0, 0, C, C, C, C)
     _put_matrix(dattention, _matrix(dattention, c*H + h, 0, 0, C, C, C, C).to(tl.float32) - da, c*H + h, 0, 0, C, C, C, C)
 
@@ -482,21 +475,21 @@ def _solve_grad_kernel(q, k, beta, inverse, dt, dattention, dsolve, dbeta, chunk
     i = tl.arange(0, C)
     lower = i[:, None] >= i[None, :]
     key = _tile(k, rows, ok, h//R, G, 0, K, BK)
-    s = tl.where(lower, _dot(_tile(q, rows, ok, h//R, G, 0, K, BK), tl.trans(key), input_precision=PRECISION), 0.).to(key.dtype)
+    s = tl.where(lower, dot(_tile(q, rows, ok, h//R, G, 0, K, BK), tl.trans(key), input_precision=PRECISION), 0.).to(key.dtype)
     da = _matrix(dattention, c*H + h, 0, 0, C, C, C, C)
-    grad = _matrix(dt, c*H + h, 0, 0, C, C, C, C) + _dot(tl.trans(s), da, input_precision=PRECISION)
+    grad = _matrix(dt, c*H + h, 0, 0, C, C, C, C) + dot(tl.trans(s), da, input_precision=PRECISION)
     grad = tl.where(lower, grad, 0.)
     b = tl.load(beta + rows*H + h, mask=ok, other=0.)
     x = _matrix(inverse, c*H + h, 0, 0, C, C, C, C)
     db = tl.sum(grad*x, 0)
-    ds = _dot(da, tl.trans((x*b[None, :]).to(key.dtype)), input_precision=PRECISION)
+    ds = dot(da, tl.trans((x*b[None, :]).to(key.dtype)), input_precision=PRECISION)
     _put_matrix(dattention, tl.where(lower, ds, 0.), c*H + h, 0, 0, C, C, C, C)
     x = tl.trans(_matrix(inverse, c*H + h, 0, 0, C, C, C, C)) # read again, here and below: kept, it would cost an A100 registers that it lacks
-    grad = _dot(grad*b[None, :], x, input_precision=PRECISION)
-    grad = tl.where(i[:, None] > i[None, :], -_dot(x, grad, input_precision=PRECISION), 0.)
+    grad = dot(grad*b[None, :], x, input_precision=PRECISION)
+    grad = tl.where(i[:, None] > i[None, :], -dot(x, grad, input_precision=PRECISION), 0.)
     _put_matrix(dsolve, grad*b[:, None], c*H + h, 0, 0, C, C, C, C)
     key = _tile(k, rows, ok, h//R, G, 0, K, BK)
-    db += tl.sum(grad*_dot(key, tl.trans(key), input_precision=PRECISION), 1)
+    db += tl.sum(grad*dot(key, tl.trans(key), input_precision=PRECISION), 1)
     tl.store(dbeta + rows*H + h, db, mask=ok)
 
 @triton.jit
@@ -512,17 +505,17 @@ def _key_grad_kernel(q, k, beta, inverse, attention, dp, leaving, dhat, ds, dsol
         node = tl.load(leaf + c)
         t = (_matrix(inverse, c*H + h, 0, 0, C, C, C, C)*tl.load(beta + rows*H + h, mask=ok, other=0.)[None, :]).to(key.dtype)
         dtransition = _matrix(dp, tl.maximum(node, 0)*H + h, 0, n*BN, K, K, BK, BN, node >= 0).to(key.dtype)
-        seen = _dot(_tile(k, rows, ok, h//R, G, 0, K, BK), dtransition, input_precision=PRECISION).to(key.dtype)
-        dkey = _dot(t, back, input_precision=PRECISION) - _dot(tl.trans(t), seen, input_precision=PRECISION)
-        dkey -= _dot(tl.trans(_matrix(attention, c*H + h, 0, 0, C, C, C, C)), out, input_precision=PRECISION)
+        seen = dot(_tile(k, rows, ok, h//R, G, 0, K, BK), dtransition, input_precision=PRECISION).to(key.dtype)
+        dkey = dot(t, back, input_precision=PRECISION) - dot(tl.trans(t), seen, input_precision=PRECISION)
+        dkey -= dot(tl.trans(_matrix(attention, c*H + h, 0, 0, C, C, C, C)), out, input_precision=PRECISION)
         step = _matrix(dsolve, c*H + h, 0, 0, C, C, C, C)
-        dkey += _dot(step, key, input_precision=PRECISION)
-        dkey += _dot(tl.trans(step), key, input_precision=PRECISION)
+        dkey += dot(step, key, input_precision=PRECISION)
+        dkey += dot(tl.trans(step), key, input_precision=PRECISION)
     else:
         dkey = back.to(tl.float32)
-    dkey += _dot(tl.trans(grad), query, input_precision=PRECISION)
+    dkey += dot(tl.trans(grad), query, input_precision=PRECISION)
     _put(dk, dkey, rows, ok, h, H, n*BN, K, BN)
-    _put(dq, out.to(tl.float32) + _dot(grad, key, input_precision=PRECISION), rows, ok, h, H, n*BN, K, BN)
+    _put(dq, out.to(tl.float32) + dot(grad, key, input_precision=PRECISION), rows, ok, h, H, n*BN, K, BN)
 
 # ------------------------------------------------------------------------------------------------------------------------- decoding
 
@@ -809,22 +802,9 @@ def supports(q:torch.Tensor, # (B,T,G,K)
 
 def _check(q, k, v, g, lam, beta)->None:
     "Shapes that fit one another"
-    if not q.ndim == k.ndim == v.ndim == 4 or q.shape != k.shape or q.shape[:2] != v.shape[:2] or 0 in (*k.shape[2:], *v.shape[2:]):
-        raise ValueError(f"q and k must be (B,T,G,K) and v (B,T,H,V), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if v.shape[2] % k.shape[2]: raise ValueError(f"the {v.shape[2]} heads of v must be a multiple of the {k.shape[2]} of q and k")
-    for name, x, want in (("g", g, v.shape[:3]), ("beta", beta, v.shape[:3]), ("lam", lam, v.shape[:3])):
-        if x is not None and (x.shape[:3] != want or x.ndim != 3 + (name == "lam")):
-            raise ValueError(f"{name} must be {tuple(want)}{' and levels' if name == 'lam' else ''}, got {tuple(x.shape)}")
-
-def _lengths(B:int, T:int, cu_seqlens:torch.Tensor|None)->tuple[int, ...]:
-    "Tokens of each sequence"
-    if cu_seqlens is None: return (T,)*B
-    if B != 1: raise ValueError(f"packed sequences need B = 1, got B = {B}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point(): raise ValueError("cu_seqlens must be a vector of whole numbers")
-    ends = cu_seqlens.tolist()
-    if not ends or ends[0] != 0 or ends[-1] != T or any(a > b for a, b in zip(ends, ends[1:])):
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, got {ends}")
-    return tuple(b - a for a, b in zip(ends, ends[1:]))
+    n = check_shapes(q=(q, "B T G K"), k=(k, "B T G K"), v=(v, "B T H V"), g=(g, "B T H"), lam=(lam, "B T H L"), beta=(beta, "B T H"))
+    if 0 in (n["G"], n["K"], n["H"], n["V"]): raise ValueError(f"heads and widths must be at least 1, got G = {n['G']}, K = {n['K']}, H = {n['H']}, V = {n['V']}")
+    if n["H"] % n["G"]: raise ValueError(f"the {n['H']} heads of v must be a multiple of the {n['G']} of q and k")
 
 def log_linear_attention(q:torch.Tensor, # (B,T,G,K) queries
                          k:torch.Tensor, # (B,T,G,K) keys; of length one in the delta form
@@ -846,7 +826,8 @@ def log_linear_attention(q:torch.Tensor, # (B,T,G,K) queries
     if reason := why_not(q, k, v): raise ValueError(reason)
     if chunk not in (16, 32, 64): raise ValueError(f"chunk must be 16, 32 or 64, got {chunk}")
     (B, T), L = v.shape[:2], lam.shape[-1]
-    lengths = _lengths(B, T, cu_seqlens)
+    if cu_seqlens is not None and B != 1: raise ValueError(f"cu_seqlens needs B = 1, got B = {B}")
+    lengths = (T,)*B if cu_seqlens is None else tuple(s.stop - s.start for s in sequences(cu_seqlens, T))
     if L < 1 or max(lengths, default=0) > 1 << (L - 1):
         raise ValueError(f"{L} levels reach {(1 << L) >> 1} tokens, but a sequence has {max(lengths)}: lam needs more levels")
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()

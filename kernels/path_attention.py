@@ -23,8 +23,8 @@ import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
-from ..core.blocks import check_shapes, sequences
-from .interpreter import why_not_here
+from ..core.blocks import check_shapes, prefix_sum, sequences
+from .interpreter import add_dot, dot, why_not_here
 
 __all__ = ['CHUNK', 'aot_cases', 'path_attention', 'path_attention_decode', 'supports', 'supports_decode', 'why_not', 'why_not_decode']
 
@@ -119,21 +119,6 @@ def schedule(lengths: tuple[int, ...], # tokens of every sequence
 
 # ------------------------------------------------------------------------------------------------------- leaves and nodes
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-@triton.jit
-def _dot(a, b, PREC: tl.constexpr):
-    """a @ b, summed in fp32; fp32 operands by the tensor cores as PREC says. The interpreter multiplies bfloat16 as the integers they are stored in: widen them
-    there, which is exact"""
-    if _INTERPRETED: return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PREC)
-    else: return tl.dot(a, b, input_precision=PREC)
-
-@triton.jit
-def _add_dot(acc, a, b, PREC: tl.constexpr):
-    "acc + a @ b, in the same way"
-    if _INTERPRETED: return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PREC)
-    else: return tl.dot(a, b, acc, input_precision=PREC)
-
 @triton.jit
 def _unit_lower_inverse(n, C: tl.constexpr):
     "(I + n)^-1 for strictly lower n (C, C): diagonal blocks by substitution, and [[A, 0], [E, B]]^-1 = [[A^-1, 0], [-B^-1 E A^-1, B^-1]]"
@@ -154,7 +139,7 @@ def _unit_lower_inverse(n, C: tl.constexpr):
         e = tl.sum(tl.sum(tl.where(low, n, 0.), axis=2), axis=0)
         a = tl.sum(tl.where((g == 0)[:, None, None], x, 0.), axis=0)
         b = tl.sum(tl.where((g == 1)[:, None, None], x, 0.), axis=0)
-        full -= tl.where(low, _dot(_dot(b, e, 'ieee'), a, 'ieee')[None, :, None, :], 0.)
+        full -= tl.where(low, dot(dot(b, e, 'ieee'), a, 'ieee')[None, :, None, :], 0.)
     return tl.reshape(full, (C, C))
 
 @triton.jit
@@ -193,18 +178,18 @@ def _prepare_kernel(k, w, beta, leaf, inv, u, y, kt, T, N, H: tl.constexpr, D: t
     gram, mixed = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     for col in range(0, BD, S):
         x = _tile(w, at, i, col + e, live, H*D, D).to(tl.float32)
-        gram += _dot(x, tl.trans(x), 'tf32x3')
-        mixed += _dot(x, tl.trans(_tile(k, at, i, col + e, live, H*D, D).to(tl.float32)), PREC)
+        gram += dot(x, tl.trans(x), 'tf32x3')
+        mixed += dot(x, tl.trans(_tile(k, at, i, col + e, live, H*D, D).to(tl.float32)), PREC)
     bt = tl.load(beta + (b*T + first + i)*H + h, mask=live, other=0.).to(tl.float32)
     t = _unit_lower_inverse(tl.where(below, bt[:, None]*gram, 0.), C)
     if SAVE: tl.store(_square(inv, m*C*C, i, i, C), t)
     t *= bt[None, :]                                                             # T = (I + stril(diag(beta) W W'))^-1 diag(beta)
-    uu = _dot(t, tl.where(below, mixed, 0.), PREC)
+    uu = dot(t, tl.where(below, mixed, 0.), PREC)
     tl.store(_square(u, m*C*C, i, i, C), uu)
     for col in range(0, BD, S):
         x = _tile(w, at, i, col + e, live, H*D, D).to(tl.float32)
-        tl.store(_square(y, m*C*BD, i, col + e, BD), _dot(t, x, PREC))
-        tl.store(_square(kt, m*C*BD, i, col + e, BD), _tile(k, at, i, col + e, live, H*D, D).to(tl.float32) - _dot(tl.trans(uu), x, PREC))
+        tl.store(_square(y, m*C*BD, i, col + e, BD), dot(t, x, PREC))
+        tl.store(_square(kt, m*C*BD, i, col + e, BD), _tile(k, at, i, col + e, live, H*D, D).to(tl.float32) - dot(tl.trans(uu), x, PREC))
 
 @triton.jit
 def _leaf_node_kernel(w, y, leaf, p, T, N, nodes, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
@@ -216,7 +201,7 @@ def _leaf_node_kernel(w, y, leaf, p, T, N, nodes, H: tl.constexpr, D: tl.constex
     if node >= 0:
         wt = _tile(w, ((bh // H*T + first)*H + bh % H)*D, i, d, first + i < end, H*D, D).to(tl.float32)
         yy = tl.load(_square(y, (bh*N + n)*C*BD, i, col, BD))
-        tl.store(_square(p, (bh*nodes + node)*BD*BD, d, col, BD), tl.where(d[:, None] == col[None, :], 1., 0.) - _dot(tl.trans(wt), yy, PREC))
+        tl.store(_square(p, (bh*nodes + node)*BD*BD, d, col, BD), tl.where(d[:, None] == col[None, :], 1., 0.) - dot(tl.trans(wt), yy, PREC))
 
 @triton.jit
 def _query_prepare_kernel(q, k, w, u, y, c, leaf, logits, qt, T, N, plane, scale, gscale, # scales times log2(e)
@@ -234,10 +219,10 @@ def _query_prepare_kernel(q, k, w, u, y, c, leaf, logits, qt, T, N, plane, scale
     s, a = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     for col in range(0, BD, S):
         x = _tile(q, atq, i, col + e, live, HQ*D, D).to(tl.float32)
-        s += _dot(x, tl.trans(_tile(w, at, i, col + e, live, H*D, D).to(tl.float32)), PREC)
-        a += _dot(x, tl.trans(_tile(k, at, i, col + e, live, H*D, D).to(tl.float32)), PREC)
+        s += dot(x, tl.trans(_tile(w, at, i, col + e, live, H*D, D).to(tl.float32)), PREC)
+        a += dot(x, tl.trans(_tile(k, at, i, col + e, live, H*D, D).to(tl.float32)), PREC)
     s = tl.where(causal, s, 0.)
-    a = (a - _dot(s, tl.load(_square(u, m*C*C, i, i, C)), PREC))*scale
+    a = (a - dot(s, tl.load(_square(u, m*C*C, i, i, C)), PREC))*scale
     if GATE:
         ptr = c + bhq*T + first + i
         hi, lo = tl.load(ptr, mask=live, other=0.), tl.load(ptr + plane, mask=live, other=0.)
@@ -245,7 +230,7 @@ def _query_prepare_kernel(q, k, w, u, y, c, leaf, logits, qt, T, N, plane, scale
     tl.store(_square(logits, mq*C*C, i, i, C), tl.where(causal, a, float('-inf')))
     for col in range(0, BD, S):
         x = _tile(q, atq, i, col + e, live, HQ*D, D).to(tl.float32)
-        tl.store(_square(qt, mq*C*BD, i, col + e, BD), x - _dot(s, tl.load(_square(y, m*C*BD, i, col + e, BD)), PREC))
+        tl.store(_square(qt, mq*C*BD, i, col + e, BD), x - dot(s, tl.load(_square(y, m*C*BD, i, col + e, BD)), PREC))
 
 @triton.jit
 def _compose_kernel(p, joins, nodes, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr):
@@ -255,7 +240,7 @@ def _compose_kernel(p, joins, nodes, BD: tl.constexpr, BN: tl.constexpr, PREC: t
     parent, left, right = tl.load(joins + j*3), tl.load(joins + j*3 + 1), tl.load(joins + j*3 + 2)
     l = tl.load(_square(p, base + left*BD*BD, d, col, BD))
     r = tl.load(_square(p, base + right*BD*BD, d, d, BD))
-    tl.store(_square(p, base + parent*BD*BD, d, col, BD), _dot(r, l, PREC))
+    tl.store(_square(p, base + parent*BD*BD, d, col, BD), dot(r, l, PREC))
 
 @triton.jit
 def _transport_kernel(x, p, ptr, steps, out, N, slots, nodes, R: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
@@ -271,8 +256,8 @@ def _transport_kernel(x, p, ptr, steps, out, N, slots, nodes, R: tl.constexpr, B
             tl.store(_square(out, (bh*slots + slot)*C*BD, i, d, BD), tile.to(out.dtype.element_ty))
             if node >= 0:
                 m = p + (bh // R*nodes + node)*BD*BD
-                if KEYS: tile = _dot(tile, tl.load(m + d[None, :]*BD + d[:, None]), PREC)
-                else: tile = _dot(tile, tl.load(m + d[:, None]*BD + d[None, :]), PREC)
+                if KEYS: tile = dot(tile, tl.load(m + d[None, :]*BD + d[:, None]), PREC)
+                else: tile = dot(tile, tl.load(m + d[:, None]*BD + d[None, :]), PREC)
             e += 1
 
 # --------------------------------------------------------------------------------------------------------- the rectangles
@@ -283,7 +268,7 @@ def _online(acc, m, l, s, v, PREC: tl.constexpr):
     high = tl.maximum(m, tl.max(s, 1))
     fade = tl.exp2(m - high)
     e = tl.exp2(s - high[:, None])
-    return _add_dot(acc*fade[:, None], e.to(v.dtype), v, PREC), high, l*fade + tl.sum(e, 1)
+    return add_dot(acc*fade[:, None], e.to(v.dtype), v, PREC), high, l*fade + tl.sum(e, 1)
 
 @triton.jit
 def _forward_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, T, N, q_slots, k_slots, plane, scale, gscale,
@@ -308,16 +293,16 @@ def _forward_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, T, N, q_slots, k
         fade, x = tl.exp2(m - high), tl.exp2(x - high[:, None])
         m, l, acc = high, l*fade + tl.sum(x, 1), acc*fade[:, None]
         vv = _tile(v, vbase + (first + at).to(tl.int64)*H*D, j, d, first + at + j < end, H*D, D)
-        acc = _add_dot(acc, tl.where(upper[:, None], 0., x).to(vv.dtype), vv, PREC)
+        acc = add_dot(acc, tl.where(upper[:, None], 0., x).to(vv.dtype), vv, PREC)
         vv = _tile(v, vbase + (first + C + at).to(tl.int64)*H*D, j, d, first + C + at + j < end, H*D, D)
-        acc = _add_dot(acc, tl.where(upper[:, None], x, 0.).to(vv.dtype), vv, PREC)
+        acc = add_dot(acc, tl.where(upper[:, None], x, 0.).to(vv.dtype), vv, PREC)
     if q0 >= 0:                                                                       # level 0: the upper leaf's queries, the lower one's keys
         qq = _tile(xq, qbase + (q0 - C).to(tl.int64)*BD, i, d, upper & live, BD, BD)
         if GATE: qc = _decay(c, cbase, plane, first + i, first + C - 1, upper & live)*gscale
         for at in range(0, C, BN):
             kk = tl.load(_square(xk, kbase + (k0 + at).to(tl.int64)*BD, j, d, BD))
             vv = _tile(v, vbase + (first + at).to(tl.int64)*H*D, j, d, j >= 0, H*D, D)
-            x = _dot(qq, tl.trans(kk), PREC)*scale
+            x = dot(qq, tl.trans(kk), PREC)*scale
             if GATE: x += qc[:, None] - _decay(c, cbase, plane, first + at + j, first + C - 1, j >= 0)[None, :]*gscale
             acc, m, l = _online(acc, m, l, tl.where(upper[:, None], x, float('-inf')), vv, PREC)
     # all other levels: both leaves see the whole of the same Left nodes
@@ -329,7 +314,7 @@ def _forward_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, T, N, q_slots, k
         for at in range(0, size, BN):
             kk = tl.load(_square(xk, kbase + (krow + at)*BD, j, d, BD))
             vv = _tile(v, vbase + (key + at)*H*D, j, d, j >= 0, H*D, D)
-            x = _dot(qq, tl.trans(kk), PREC)*scale
+            x = dot(qq, tl.trans(kk), PREC)*scale
             if GATE: x += qc[:, None] - _decay(c, cbase, plane, key + at + j, key + size - 1, j >= 0)[None, :]*gscale
             acc, m, l = _online(acc, m, l, x, vv, PREC)
         e += 1
@@ -359,7 +344,7 @@ def _query_grad_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, do, delta, dl
     for at in range(0, C, BN):                                                        # own leaf
         v0 = _tile(v, vbase + (first + at).to(tl.int64)*H*D, j, d, first + at + j < end, H*D, D)
         v1 = _tile(v, vbase + (first + C + at).to(tl.int64)*H*D, j, d, first + C + at + j < end, H*D, D)
-        x = tl.where(upper[:, None], _dot(g, tl.trans(v1), PREC), _dot(g, tl.trans(v0), PREC)) - dd[:, None]
+        x = tl.where(upper[:, None], dot(g, tl.trans(v1), PREC), dot(g, tl.trans(v0), PREC)) - dd[:, None]
         x *= tl.exp2(tl.load(_square(logits, (bhq*N + n)*C*C, i, at + j, C), mask=live[:, None], other=0.) - z[:, None])
         # rows of a second leaf that does not exist belong to another leaf: leave them alone
         tl.store(_square(dlogits, (bhq*N + n)*C*C, i, at + j, C), x, mask=((i < C) | (q0 >= 0))[:, None])
@@ -371,11 +356,11 @@ def _query_grad_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, do, delta, dl
         for at in range(0, C, BN):
             kk = tl.load(_square(xk, kbase + (k0 + at).to(tl.int64)*BD, j, d, BD))
             vv = _tile(v, vbase + (first + at).to(tl.int64)*H*D, j, d, j >= 0, H*D, D)
-            x = _dot(qq, tl.trans(kk), PREC)*scale
+            x = dot(qq, tl.trans(kk), PREC)*scale
             if GATE: x += qc[:, None] - _decay(c, cbase, plane, first + at + j, first + C - 1, j >= 0)[None, :]*gscale
-            x = tl.where(upper[:, None], tl.exp2(x - z[:, None])*(_dot(g, tl.trans(vv), PREC) - dd[:, None]), 0.)
+            x = tl.where(upper[:, None], tl.exp2(x - z[:, None])*(dot(g, tl.trans(vv), PREC) - dd[:, None]), 0.)
             dcq += tl.sum(x, 1)
-            dq = _add_dot(dq, x.to(kk.dtype), kk, PREC)
+            dq = add_dot(dq, x.to(kk.dtype), kk, PREC)
         _put(dxq, qbase + (q0 - C).to(tl.int64)*BD, i, d, upper, dq, BD, BD)
     while e < stop:
         rect = rects + e*4
@@ -386,11 +371,11 @@ def _query_grad_kernel(xq, xk, v, logits, c, tiles, rects, o, lse, do, delta, dl
         for at in range(0, size, BN):
             kk = tl.load(_square(xk, kbase + (krow + at)*BD, j, d, BD))
             vv = _tile(v, vbase + (key + at)*H*D, j, d, j >= 0, H*D, D)
-            x = _dot(qq, tl.trans(kk), PREC)*scale
+            x = dot(qq, tl.trans(kk), PREC)*scale
             if GATE: x += qc[:, None] - _decay(c, cbase, plane, key + at + j, key + size - 1, j >= 0)[None, :]*gscale
-            dx = tl.exp2(x - z[:, None])*(_dot(g, tl.trans(vv), PREC) - dd[:, None])
+            dx = tl.exp2(x - z[:, None])*(dot(g, tl.trans(vv), PREC) - dd[:, None])
             if GATE: dcq += tl.sum(dx, 1)
-            dq = _add_dot(dq, dx.to(kk.dtype), kk, PREC)
+            dq = add_dot(dq, dx.to(kk.dtype), kk, PREC)
         _put(dxq, qbase + qrow*BD, i, d, (i < C) | (q0 >= 0), dq, BD, BD)
         e += 1
     if GATE: tl.store(dc + bhq*T + first + i, dcq, mask=live)
@@ -420,9 +405,9 @@ def _key_grad_kernel(xq, xk, v, logits, c, tiles, rects, lse, do, delta, dv, dxk
         x = tl.load(logits + (bhq*N + n)*C*C + home[:, None]*C + (at + i)[None, :]*C + (j - home)[:, None], mask=there, other=0.)
         x = tl.exp2(x - tl.load(lse + row + t, mask=there, other=float('inf')))
         gg = _tile(do, gbase + (first + at).to(tl.int64)*HQ*D, i, d, first + at + i < end, HQ*D, D)
-        dvv = _add_dot(dvv, tl.where(upper[:, None], 0., x).to(gg.dtype), gg, PREC)
+        dvv = add_dot(dvv, tl.where(upper[:, None], 0., x).to(gg.dtype), gg, PREC)
         gg = _tile(do, gbase + (first + C + at).to(tl.int64)*HQ*D, i, d, first + C + at + i < end, HQ*D, D)
-        dvv = _add_dot(dvv, tl.where(upper[:, None], x, 0.).to(gg.dtype), gg, PREC)
+        dvv = add_dot(dvv, tl.where(upper[:, None], x, 0.).to(gg.dtype), gg, PREC)
     if q0 >= 0:                                                                       # level 0
         kk = _tile(xk, xbase + k0.to(tl.int64)*BD, j, d, j < C, BD, BD)
         if GATE: kc = _decay(c, row, plane, first + j, first + C - 1, j < C)*gscale
@@ -432,13 +417,13 @@ def _key_grad_kernel(xq, xk, v, logits, c, tiles, rects, lse, do, delta, dv, dxk
             there = t < end
             qq = tl.load(_square(xq, qbase + (q0 + at).to(tl.int64)*BD, i, d, BD))
             gg = _tile(do, gbase + (first + C + at).to(tl.int64)*HQ*D, i, d, there, HQ*D, D)
-            x = _dot(kk, tl.trans(qq), PREC)*scale
+            x = dot(kk, tl.trans(qq), PREC)*scale
             if GATE: x += _decay(c, row, plane, t, first + C - 1, there)[None, :]*gscale - kc[:, None]
             x = tl.where(upper[:, None], 0., tl.exp2(x - tl.load(lse + row + t, mask=there, other=float('inf'))[None, :]))
-            dvv = _add_dot(dvv, x.to(gg.dtype), gg, PREC)
-            x *= _dot(vv, tl.trans(gg), PREC) - tl.load(delta + row + t, mask=there, other=0.)[None, :]
+            dvv = add_dot(dvv, x.to(gg.dtype), gg, PREC)
+            x *= dot(vv, tl.trans(gg), PREC) - tl.load(delta + row + t, mask=there, other=0.)[None, :]
             dck += tl.sum(x, 1)
-            dk = _add_dot(dk, x.to(qq.dtype), qq, PREC)
+            dk = add_dot(dk, x.to(qq.dtype), qq, PREC)
         _put(dxk, kbase + k0.to(tl.int64)*BD, j, d, j < C, dk, BD, BD)
     while e < stop:
         rect = rects + e*4
@@ -450,13 +435,13 @@ def _key_grad_kernel(xq, xk, v, logits, c, tiles, rects, lse, do, delta, dv, dxk
             there = at + i < size
             qq = tl.load(_square(xq, qbase + (qrow + at)*BD, i, d, BD))
             gg = _tile(do, gbase + (query + at)*HQ*D, i, d, there, HQ*D, D)
-            x = _dot(kk, tl.trans(qq), PREC)*scale
+            x = dot(kk, tl.trans(qq), PREC)*scale
             if GATE: x += _decay(c, row, plane, query + at + i, query - 1, there)[None, :]*gscale - kc[:, None]
             x = tl.exp2(x - tl.load(lse + row + query + at + i, mask=there, other=float('inf'))[None, :])
-            dvv = _add_dot(dvv, x.to(gg.dtype), gg, PREC)
-            x *= _dot(vv, tl.trans(gg), PREC) - tl.load(delta + row + query + at + i, mask=there, other=0.)[None, :]
+            dvv = add_dot(dvv, x.to(gg.dtype), gg, PREC)
+            x *= dot(vv, tl.trans(gg), PREC) - tl.load(delta + row + query + at + i, mask=there, other=0.)[None, :]
             if GATE: dck += tl.sum(x, 1)
-            dk = _add_dot(dk, x.to(qq.dtype), qq, PREC)
+            dk = add_dot(dk, x.to(qq.dtype), qq, PREC)
         _put(dxk, kbase + krow*BD, j, d, j >= 0, dk, BD, BD)
         e += 1
     _put(dv, gbase + first.to(tl.int64)*HQ*D, j, d, live, dvv, HQ*D, D)
@@ -479,8 +464,8 @@ def _transport_grad_kernel(dx, p, ptr, steps, dtile, N, slots, nodes, scale, HQ:
         slot, node = tl.load(steps + e*2), tl.load(steps + e*2 + 1)
         if node >= 0:
             m = p + (bh // G*nodes + node)*BD*BD
-            if KEYS: sum = _dot(sum, tl.load(m + d[:, None]*BD + d[None, :]), PREC)
-            else: sum = _dot(sum, tl.load(m + d[None, :]*BD + d[:, None]), PREC)
+            if KEYS: sum = dot(sum, tl.load(m + d[:, None]*BD + d[None, :]), PREC)
+            else: sum = dot(sum, tl.load(m + d[None, :]*BD + d[:, None]), PREC)
         for r in range(R): sum += scale*tl.load(_square(dx, ((bh*R + r)*slots + slot)*C*BD, i, d, BD))
         tl.store(_square(dx, (bh*R*slots + slot)*C*BD, i, d, BD), sum)
         e -= 1
@@ -500,12 +485,12 @@ def _node_grad_kernel(xq, xk, dxq, dxk, sources, dp, q_slots, k_slots, nodes, HQ
             base = (bh*(HQ // H) + r)*q_slots*C*BD
             for at in range(0, leaves*C, C):
                 x = tl.load(_square(xq, base + (before + at)*BD, i, d, BD)).to(tl.float32)
-                sum = _add_dot(sum, tl.trans(x), tl.load(_square(dxq, base + (after + at)*BD, i, col, BD)), PREC)
+                sum = add_dot(sum, tl.trans(x), tl.load(_square(dxq, base + (after + at)*BD, i, col, BD)), PREC)
     else:
         base, first = bh*k_slots*C*BD, bh*(HQ // H)*k_slots*C*BD
         for at in range(0, leaves*C, C):
             dy = tl.load(_square(dxk, first + (after + at)*BD, i, d, BD))
-            sum = _add_dot(sum, tl.trans(dy), tl.load(_square(xk, base + (before + at)*BD, i, col, BD)).to(tl.float32), PREC)
+            sum = add_dot(sum, tl.trans(dy), tl.load(_square(xk, base + (before + at)*BD, i, col, BD)).to(tl.float32), PREC)
     tl.store(_square(dp, (bh*nodes + node)*BD*BD, d, col, BD), sum)
 
 @triton.jit
@@ -516,10 +501,10 @@ def _split_kernel(p, dp, joins, nodes, BD: tl.constexpr, BN: tl.constexpr, PREC:
     parent, left, right = tl.load(joins + j*3), tl.load(joins + j*3 + 1), tl.load(joins + j*3 + 2)
     at = _square(dp, base + left*BD*BD, d, col, BD)
     r = tl.load(p + base + right*BD*BD + d[None, :]*BD + d[:, None])
-    tl.store(at, tl.load(at) + _dot(r, tl.load(_square(dp, base + parent*BD*BD, d, col, BD)), PREC))
+    tl.store(at, tl.load(at) + dot(r, tl.load(_square(dp, base + parent*BD*BD, d, col, BD)), PREC))
     at = _square(dp, base + right*BD*BD, col, d, BD)
     l = tl.load(p + base + left*BD*BD + d[None, :]*BD + d[:, None])
-    tl.store(at, tl.load(at) + _dot(tl.load(_square(dp, base + parent*BD*BD, col, d, BD)), l, PREC))
+    tl.store(at, tl.load(at) + dot(tl.load(_square(dp, base + parent*BD*BD, col, d, BD)), l, PREC))
 
 @triton.jit
 def _query_prepare_grad_kernel(q, k, w, u, y, leaf, dlogits, dqt, dq, du, dy, dk, dw, dc, T, N, scale,
@@ -539,23 +524,23 @@ def _query_prepare_grad_kernel(q, k, w, u, y, leaf, dlogits, dqt, dq, du, dy, dk
         ptr = dc + bhq*T + first + i
         tl.store(ptr, tl.load(ptr, mask=live, other=0.) - tl.sum(da, 0), mask=live)
     da *= scale
-    s, ds = tl.zeros((C, C), tl.float32), _dot(da, tl.trans(tl.load(_square(u, mk*C*C, i, i, C))), PREC)
+    s, ds = tl.zeros((C, C), tl.float32), dot(da, tl.trans(tl.load(_square(u, mk*C*C, i, i, C))), PREC)
     for col in range(0, BD, S):
         x = _tile(q, atq, i, col + e, live, HQ*D, D).to(tl.float32)
-        s += _dot(x, tl.trans(_tile(w, at, i, col + e, live, H*D, D).to(tl.float32)), PREC)
+        s += dot(x, tl.trans(_tile(w, at, i, col + e, live, H*D, D).to(tl.float32)), PREC)
         x = tl.load(_square(dqt, m*C*BD, i, col + e, BD))
-        ds += _dot(x, tl.trans(tl.load(_square(y, mk*C*BD, i, col + e, BD))), PREC)
+        ds += dot(x, tl.trans(tl.load(_square(y, mk*C*BD, i, col + e, BD))), PREC)
     s, ds = tl.where(causal, s, 0.), tl.where(causal, -ds, 0.)
-    tl.store(_square(du, m*C*C, i, i, C), -_dot(tl.trans(s), da, PREC))
+    tl.store(_square(du, m*C*C, i, i, C), -dot(tl.trans(s), da, PREC))
     for col in range(0, BD, S):
         dt = tl.load(_square(dqt, m*C*BD, i, col + e, BD))
-        tl.store(_square(dy, m*C*BD, i, col + e, BD), -_dot(tl.trans(s), dt, PREC))
-        dt += _dot(da, _tile(k, at, i, col + e, live, H*D, D).to(tl.float32), PREC)
-        dt += _dot(ds, _tile(w, at, i, col + e, live, H*D, D).to(tl.float32), PREC)
+        tl.store(_square(dy, m*C*BD, i, col + e, BD), -dot(tl.trans(s), dt, PREC))
+        dt += dot(da, _tile(k, at, i, col + e, live, H*D, D).to(tl.float32), PREC)
+        dt += dot(ds, _tile(w, at, i, col + e, live, H*D, D).to(tl.float32), PREC)
         _put(dq, atq, i, col + e, live, dt, HQ*D, D)
         x = _tile(q, atq, i, col + e, live, HQ*D, D).to(tl.float32)
-        tl.store(_square(dk, m*C*BD, i, col + e, BD), _dot(tl.trans(da), x, PREC))
-        tl.store(_square(dw, m*C*BD, i, col + e, BD), _dot(tl.trans(ds), x, PREC))
+        tl.store(_square(dk, m*C*BD, i, col + e, BD), dot(tl.trans(da), x, PREC))
+        tl.store(_square(dw, m*C*BD, i, col + e, BD), dot(tl.trans(ds), x, PREC))
 
 @triton.jit
 def _node_leaf_grad_kernel(w, y, leaf, dy, dw, dp, T, N, nodes, HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -570,14 +555,14 @@ def _node_leaf_grad_kernel(w, y, leaf, dy, dw, dp, T, N, nodes, HQ: tl.constexpr
     for r in range(1, R): sum += tl.load(at + r*N*C*BD)
     if node >= 0:
         wt = _tile(w, ((b*T + first)*H + h)*D, i, d, first + i < end, H*D, D).to(tl.float32)
-        sum -= _dot(wt, tl.load(_square(dp, (bh*nodes + node)*BD*BD, d, d, BD)), PREC)
+        sum -= dot(wt, tl.load(_square(dp, (bh*nodes + node)*BD*BD, d, d, BD)), PREC)
     tl.store(at, sum)
     at = _square(dw, m, i, d, BD)
     sum = tl.load(at)
     for r in range(1, R): sum += tl.load(at + r*N*C*BD)
     if node >= 0:
         pp = tl.load(dp + (bh*nodes + node)*BD*BD + d[None, :]*BD + d[:, None])
-        sum -= _dot(tl.load(_square(y, (bh*N + n)*C*BD, i, d, BD)), pp, PREC)
+        sum -= dot(tl.load(_square(y, (bh*N + n)*C*BD, i, d, BD)), pp, PREC)
     tl.store(at, sum)
 
 @triton.jit
@@ -597,21 +582,21 @@ def _inverse_grad_kernel(k, w, beta, leaf, inv, du, dy, dkt, sym, dbeta, T, N, H
     s, dt = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     for col in range(0, BD, S):
         x = _tile(w, at, i, col + e, live, H*D, D).to(tl.float32)
-        s += _dot(x, tl.trans(_tile(k, at, i, col + e, live, H*D, D).to(tl.float32)), PREC)
-        uu -= _dot(x, tl.trans(tl.load(_square(dkt, mk*C*BD, i, col + e, BD))), PREC)
-        dt += _dot(tl.load(_square(dy, m*C*BD, i, col + e, BD)), tl.trans(x), PREC)
-    dt += _dot(uu, tl.trans(tl.where(below, s, 0.)), PREC)
+        s += dot(x, tl.trans(_tile(k, at, i, col + e, live, H*D, D).to(tl.float32)), PREC)
+        uu -= dot(x, tl.trans(tl.load(_square(dkt, mk*C*BD, i, col + e, BD))), PREC)
+        dt += dot(tl.load(_square(dy, m*C*BD, i, col + e, BD)), tl.trans(x), PREC)
+    dt += dot(uu, tl.trans(tl.where(below, s, 0.)), PREC)
     bt = tl.load(beta + (b*T + first + i)*H + h, mask=live, other=0.).to(tl.float32)
     inverse = tl.load(_square(inv, mk*C*C, i, i, C))
     t = tl.trans(inverse*bt[None, :])
-    tl.store(_square(du, m*C*C, i, i, C), tl.where(below, _dot(t, uu, PREC), 0.))
+    tl.store(_square(du, m*C*C, i, i, C), tl.where(below, dot(t, uu, PREC), 0.))
     # T = X diag(beta), X = (I + M)^-1, M = stril(diag(beta) W W'): dX = dT diag(beta), dM = -stril(X' dX X') = -stril(X' dT T')
     db = tl.sum(inverse*dt, 0)
-    dm = tl.where(below, -_dot(_dot(tl.trans(inverse), dt, PREC), t, PREC), 0.)
+    dm = tl.where(below, -dot(dot(tl.trans(inverse), dt, PREC), t, PREC), 0.)
     gram = tl.zeros((C, C), tl.float32)
     for col in range(0, BD, S):
         x = _tile(w, at, i, col + e, live, H*D, D).to(tl.float32)
-        gram += _dot(x, tl.trans(x), PREC)
+        gram += dot(x, tl.trans(x), PREC)
     tl.store(dbeta + (b*T + first + i)*H + h, db + tl.sum(dm*gram, 1), mask=live)
     dm *= bt[:, None]
     tl.store(_square(sym, m*C*C, i, i, C), dm + tl.trans(dm))
@@ -627,13 +612,13 @@ def _key_prepare_grad_kernel(k, w, beta, leaf, inv, u, ds, sym, dy, dk_part, dw_
     live, at = first + i < end, ((b*T + first)*H + h)*D
     wt, kk = _tile(w, at, i, col, live, H*D, D).to(tl.float32), _tile(k, at, i, col, live, H*D, D).to(tl.float32)
     dss, dkk = tl.load(_square(ds, m*C*C, i, i, C)), tl.load(_square(dkt, mk*C*BD, i, col, BD))
-    dww = tl.load(_square(dw_part, m*C*BD, i, col, BD)) - _dot(tl.load(_square(u, mk*C*C, i, i, C)), dkk, PREC)
-    dww += _dot(tl.load(_square(sym, m*C*C, i, i, C)), wt, PREC) + _dot(dss, kk, PREC)
+    dww = tl.load(_square(dw_part, m*C*BD, i, col, BD)) - dot(tl.load(_square(u, mk*C*C, i, i, C)), dkk, PREC)
+    dww += dot(tl.load(_square(sym, m*C*C, i, i, C)), wt, PREC) + dot(dss, kk, PREC)
     bt = tl.load(beta + (b*T + first + i)*H + h, mask=live, other=0.).to(tl.float32)
     t = tl.load(_square(inv, mk*C*C, i, i, C))*bt[None, :]
-    dww += _dot(tl.trans(t), tl.load(_square(dy, m*C*BD, i, col, BD)), PREC)
+    dww += dot(tl.trans(t), tl.load(_square(dy, m*C*BD, i, col, BD)), PREC)
     _put(dw, at, i, col, live, dww, H*D, D)
-    dkk += _dot(tl.trans(dss), wt, PREC)
+    dkk += dot(tl.trans(dss), wt, PREC)
     for r in range(R): dkk += tl.load(_square(dk_part, (m + r*N)*C*BD, i, col, BD))
     _put(dk, at, i, col, live, dkk, H*D, D)
 
@@ -655,13 +640,15 @@ def config(dtype: torch.dtype, # of q, k, v
     "Chosen by compiling ahead of time for sm_80, 90 and 100, so that nothing spills in the forward pass of 16-bit data."
     if dtype == torch.float32: return Config((32, 8, 1), (32, 8, 1), (32, 8, 1), 8, 'tf32x3')
     if BD <= 64: return Config((64, 4 if sm == 90 else 8, 3), (64, 8, 2), (64, 8, 2), 4 if sm >= 90 else 8, 'tf32')
-    return Config((32 if sm < 90 or sm >= 100 and gate else 64, 8, 2), (32, 8, 2), (32, 8, 2), 8, 'tf32')
+    return Config((32 if sm < 90 or sm >= 100 and gate else 64, 8, 3 if sm < 90 and gate else 2), (32, 8, 2), (32, 8, 2), 8, 'tf32')
 
 def leaf_length(dtype: torch.dtype) -> int:
     "Tokens a leaf: a tile of two leaves has to fit shared memory, and fp32 is twice as wide"
     return CHUNK//2 if dtype == torch.float32 else CHUNK
 
 def _query_warps(cfg: Config, sm: int) -> int: return 4 if sm >= 100 else cfg.warps # of `_query_prepare_kernel`: eight would spill there
+
+def _inverse_stages(sm: int) -> int: return 2 if sm < 90 else 1 # of `_inverse_grad_kernel`: one would spill three times as much there
 
 def _capability(x: torch.Tensor) -> int:
     "80, 90, 100, ...; the interpreter does as sm_90"
@@ -756,7 +743,7 @@ class _PathAttention(torch.autograd.Function):
         _query_prepare_grad_kernel[s.leaves, B*HQ](q, k, w, u, y, s.leaf, dlogits, dqt, dq, du, dy, dk_part, dw_part, dc, T, s.leaves,
                                                    run.scale, GATE=run.gate, **back)
         _node_leaf_grad_kernel[s.leaves, B*H](w, y, s.leaf, dy, dw_part, dp, T, s.leaves, s.nodes, **back)
-        _inverse_grad_kernel[s.leaves, B*H](k, w, beta, s.leaf, inv, du, dy, dkt, dlogits, dbeta, T, s.leaves, **back | dict(num_warps=8))
+        _inverse_grad_kernel[s.leaves, B*H](k, w, beta, s.leaf, inv, du, dy, dkt, dlogits, dbeta, T, s.leaves, **back | dict(num_warps=8, num_stages=_inverse_stages(_capability(w))))
         BN = min(32, run.BD)
         _key_prepare_grad_kernel[s.leaves, run.BD//BN, B*H](k, w, beta, s.leaf, inv, u, du, dlogits, dy, dk_part, dw_part, dkt, dk, dw, T,
                                                             s.leaves, BN=BN, **back)
@@ -764,24 +751,16 @@ class _PathAttention(torch.autograd.Function):
         dgate = _running_grad(dc - dck, run.coef, ctx.how[2]).to(gate.dtype) if run.gate else None
         return dq, dk, dv, dw, dbeta, dgate, None, None, None, None
 
-def _sums(x):
-    "Running sums along the last axis by doubling: in an order of their own, which torch.cumsum does not promise on a GPU"
-    s = 1
-    while s < x.shape[-1]:
-        x = x + torch.nn.functional.pad(x[..., :-s], (s, 0))
-        s *= 2
-    return x
-
 def _running(gate, q):
     "The running sum of log f as (2, B, HQ, T): what fp32 holds and what it leaves over; any tensor where there is no gate"
     if gate is None: return q
-    c = _sums(gate.double().transpose(1, 2))
+    c = prefix_sum(gate.double().transpose(1, 2))
     hi = c.float()
     return torch.stack([hi, (c - hi.double()).float()])
 
 def _running_grad(dc, coef, lengths):
     "From gradients of c (B, HQ, T) to those of log f (B, T, HQ): sums over the rest of every sequence"
-    rest = _sums(coef*dc.double().flip(-1)).flip(-1)
+    rest = prefix_sum(coef*dc.double().flip(-1)).flip(-1)
     rest = torch.cat([rest, rest.new_zeros(*rest.shape[:2], 1)], -1)
     ends = np.repeat(np.cumsum(lengths), lengths)
     return (rest[..., :-1] - rest[..., torch.as_tensor(ends, device=dc.device)]).transpose(1, 2)
@@ -852,8 +831,8 @@ def _look_up(acc, m, l, q0, q1, keys, values, at, stop, key0, kbase, vbase, seen
         there = live & (tl.load(seen + n, mask=live, other=0) != 0)
         kk = _tile(keys, kbase, n + key0, d, there, K, D)
         vv = _tile(values, vbase, n, e, there, V, DV)
-        s = _dot(q0, tl.trans(kk).to(q0.dtype), 'tf32x3')
-        if q0.dtype != tl.float32: s += _dot(q1, tl.trans(kk).to(q0.dtype), 'tf32x3')
+        s = dot(q0, tl.trans(kk).to(q0.dtype), 'tf32x3')
+        if q0.dtype != tl.float32: s += dot(q1, tl.trans(kk).to(q0.dtype), 'tf32x3')
         if GATE: s += (now[:, None] - tl.load(c + cbase + n[None, :]*HQ + j[:, None], mask=there[None, :] & mine[:, None], other=0.)).to(tl.float32)
         acc, m, l = _online(acc, m, l, tl.where(there[None, :], s*1.4426950408889634, float('-inf')), vv, 'tf32x3')
         at += BN
@@ -903,6 +882,8 @@ def _merge_kernel(part, high, low, o, splits, DV: tl.constexpr, BV: tl.constexpr
     tl.store(o + hq*DV + e, tl.sum(weight[:, None]*acc, 0)/l, mask=e < DV)
 
 def _decode_step(BD: int, BV: int) -> int: return 64 if max(BD, BV) <= 64 else 32 # slots at a time; more would spill
+
+def _decode_warps(sm: int, gate: bool) -> int: return 8 if sm < 90 and gate else 4 # four would spill there
 
 @lru_cache(maxsize=64)
 def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor: return torch.tensor(numbers, dtype=torch.int32, device=device)
@@ -959,7 +940,7 @@ def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled,
     with torch.cuda.device_of(keys):
         _decode_kernel[splits + 1, B, H](queries, keys, recent, values, valid, c, total, _on_device(bounds, keys.device), part, high, low,
                                          B, S, W, P, slots, splits + 1, H=H, R=R, D=D, DV=V, BD=BD, BV=BV, BR=max(16, triton.next_power_of_2(R)),
-                                         BN=_decode_step(BD, BV), GATE=c is not None, num_warps=4, num_stages=2)
+                                         BN=_decode_step(BD, BV), GATE=c is not None, num_warps=_decode_warps(_capability(keys), c is not None), num_stages=2)
         _merge_kernel[B*HQ,](part, high, low, o, splits + 1, DV=V, BV=BV, BS=triton.next_power_of_2(splits + 1), num_warps=4)
     return o
 
@@ -968,8 +949,8 @@ def path_attention_decode(queries: torch.Tensor, # (P, B, H, R, D) fp32, scaled,
 def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16', 'fp32'
               dims: tuple[int, ...] = (64, 128), # head dims
               gates: tuple[bool, ...] = (False, True), # without and with a gate
-              sm: int = 90, # compute capability times ten
-             ) -> list: # of `aot.Case`: every kernel as it is launched, with 32 query and 8 key heads
+              sms: tuple[int, ...] = (80, 90, 100), # compute capabilities times ten
+             ) -> list: # of `aot.Case`: every kernel as it is launched there, with 32 query and 8 key heads
     "What `rlcr_suite.kernels.aot` compiles"
     from .aot import Case
     kernels = (_prepare_kernel, _leaf_node_kernel, _query_prepare_kernel, _compose_kernel, _transport_kernel, _forward_kernel,
@@ -984,12 +965,12 @@ def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16',
         own = {'transport': dict(out=f'*{dtype}'), 'key_prepare_grad': dict(dk=f'*{dtype}'),
                'decode': dict(q='*fp32', c='*fp64', total='*fp64'), 'merge': dict(o='*fp32')}
         kind = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[dtype]
-        for D, gate in product(dims, gates):
+        for sm, D, gate in product(sms, dims, gates):
             BD = max(16, triton.next_power_of_2(D))
             cfg = config(kind, BD, sm, gate)
             const = dict(HQ=32, H=8, R=4, D=D, BD=BD, DV=D, BV=BD, C=leaf_length(kind), BR=16, BS=64, SAVE=True, KEYS=True, GATE=gate, PREC=cfg.prec)
             how = {'forward': (cfg.forward, 'BN'), 'query_grad': (cfg.queries, 'BN'), 'key_grad': (cfg.keys, 'BM'), 'merge': ((64, 4, 3), 'BN'),
-                   'decode': ((_decode_step(BD, BD), 4, 2), 'BN'), 'inverse_grad': ((64, 8, 1), 'BN'), 'key_prepare_grad': ((min(32, BD), cfg.warps, 1), 'BN'),
+                   'decode': ((_decode_step(BD, BD), _decode_warps(sm, gate), 2), 'BN'), 'inverse_grad': ((64, 8, _inverse_stages(sm)), 'BN'), 'key_prepare_grad': ((min(32, BD), cfg.warps, 1), 'BN'),
                    'query_prepare': ((64, _query_warps(cfg, sm), 1), 'BN')}
             for kernel in kernels:
                 name = kernel.__name__.strip('_').removesuffix('_kernel')
@@ -997,5 +978,5 @@ def aot_cases(dtypes: tuple[str, ...] = ('bf16',), # of q, k, v: 'bf16', 'fp16',
                 (block, warps, stages), letter = how.get(name, ((min(64, BD), cfg.warps, 1), 'BN'))
                 values = {a: x for a, x in (const | {letter: block}).items() if a in kernel.arg_names}
                 types = {a: (plain | data | own.get(name, {})).get(a, '*fp32') for a in kernel.arg_names if a not in values}
-                found.append(Case(f"{name} {dtype} d{D}" + ' gate'*gate, kernel, types, values, warps, stages))
+                found.append(Case(f"{name} {dtype} d{D}" + ' gate'*gate, kernel, types, values, warps, stages, capabilities=(sm,)))
     return found

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from rlcr_suite.core.blocks import Level, check_shapes, halves, levels, packed, rectangles, sequences, ut_inverse
+from fixed_order import fixed_order
+from rlcr_suite.core.blocks import Level, _doubled, check_shapes, halves, levels, packed, prefix_sum, rectangles, sequences, ut_inverse
 
 LENGTHS = st.integers(0, 300)
 BLOCKS = st.sampled_from([1, 2, 3, 16, 64])
@@ -133,6 +134,38 @@ class TestUT:
     def test_shapes(self):
         with pytest.raises(ValueError, match=r"\(4, 3\) and \(3,\)"): ut_inverse(torch.zeros(4, 3), torch.zeros(3))
         with pytest.raises(ValueError, match="must have the shape"): ut_inverse(torch.zeros(4), torch.zeros(()))
+
+
+class TestFixedOrder:
+    @settings(max_examples=50, deadline=None)
+    @given(LENGTHS, st.integers(-3, 2))
+    def test_doubling_gives_the_running_sum(self, n, dim):
+        size = [2, 3, 4]
+        size[dim] = n
+        x = torch.randn(size, generator=torch.Generator().manual_seed(n), dtype=torch.float64, requires_grad=True)
+        with fixed_order():
+            y = _doubled(x, dim)
+            g, = torch.autograd.grad(y.square().sum(), x)
+        want = x.cumsum(dim)
+        torch.testing.assert_close(y, want, rtol=0, atol=1e-12)
+        torch.testing.assert_close(g, torch.autograd.grad(want.square().sum(), x)[0], rtol=1e-12, atol=1e-9) # sums of 300 sums
+
+    def test_the_device_decides(self):
+        "A device that is no CPU, and holds nothing"
+        x = torch.ones(5, device="meta")
+        with fixed_order(): assert prefix_sum(x).shape == (5,)
+        with pytest.raises(AssertionError, match="cumsum"), fixed_order(): prefix_sum(torch.ones(5))
+
+    @pytest.mark.parametrize("f", [lambda x: x.cumsum(0), lambda x: x[[0, 1, 0]], lambda x: x.gather(0, torch.tensor([0, 0])), lambda x: x.index_select(0, torch.tensor([1, 1])),
+                                   lambda x: x.index_add(0, torch.tensor([1, 1]), torch.ones(2))])
+    def test_what_the_other_tests_look_for_is_found(self, f):
+        x = torch.ones(3, requires_grad=True)
+        with pytest.raises(AssertionError, match="fixed order|twice"), fixed_order(): torch.autograd.grad(f(x).sum(), x)
+
+    @pytest.mark.parametrize("f", [lambda x: x.repeat_interleave(3, 0), lambda x: x[[2, 0]], lambda x: x[x > 0], lambda x: x[:2].expand(4, 2)])
+    def test_what_is_in_order_is_let_pass(self, f):
+        x = torch.ones(3, requires_grad=True)
+        with fixed_order(): torch.autograd.grad(f(x).sum(), x)
 
 
 class State(NamedTuple):

@@ -4,9 +4,11 @@ import subprocess, sys, warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from fixed_order import fixed_order
+from rlcr_suite.core import blocks
 from rlcr_suite.core.blocks import levels
 from rlcr_suite.path_attention import PathCache, backend_for, naive_path_attention, path_attention, wy
-from rlcr_suite.path_attention import attention, cache as cache_module
+from rlcr_suite.path_attention import attention, cache as cache_module, transport
 
 f64 = torch.float64
 NAMES = ("q", "k", "v", "w", "beta", "gate")
@@ -30,7 +32,7 @@ def gradients(f, x, seed=1):
     "Output of f and the gradients of a random function of it"
     x = [y if y is None else y.detach().clone().requires_grad_() for y in x]
     o = f(x)
-    do = torch.randn(o.shape, generator=torch.Generator().manual_seed(seed), dtype=f64).to(o.dtype)
+    do = torch.randn(o.shape, generator=torch.Generator().manual_seed(seed), dtype=f64).to(o)
     return [o.detach(), *torch.autograd.grad(o, [y for y in x if y is not None], do, materialize_grads=True)]
 
 def by_rewriting(q, k, v, w, beta, gate, scale=None, scale_gate=False):
@@ -197,6 +199,26 @@ def test_the_future_changes_nothing(blocks_of):
 def test_deterministic():
     x = inputs(2, 300, 2, 1, 16, dtype=torch.float32)
     for a, b in zip(gradients(call, x), gradients(call, x)): assert torch.equal(a, b)
+
+@pytest.mark.parametrize("kind", ("cpu", "exact", "naive"))
+def test_a_gpu_would_add_in_a_fixed_order(blocks_of, monkeypatch, kind):
+    "Every operation of forward and backward but torch's own kernel for rectangles, which is told to split no sum; running sums are made as on a GPU"
+    blocks_of(8)
+    x, backend = inputs(2, 75, 4, 2, 5, V=3), "naive" if kind == "naive" else "torch"
+    want = gradients(lambda x: call(x, backend=backend), x)
+    if kind == "exact": monkeypatch.setattr(attention, "_stock", lambda q, v: (kind, 0))
+    for module in (attention, transport): monkeypatch.setattr(module, "prefix_sum", blocks._doubled)
+    with fixed_order(): got = gradients(lambda x: call(x, backend=backend), x)
+    for a, b in zip(got, want): torch.testing.assert_close(a, b, rtol=0, atol=1e-12*max(1, b.abs().max()))
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, f64))
+@pytest.mark.parametrize("backend, T", (("torch", 3000), ("naive", 200)))
+def test_the_same_bits_on_a_gpu(backend, T, dtype):
+    x = [y.cuda() for y in inputs(2, T, 4, 2, 64, dtype=dtype)]
+    first = gradients(lambda x: call(x, backend=backend), x)
+    for _ in range(5):
+        for a, b in zip(gradients(lambda x: call(x, backend=backend), x), first): assert torch.equal(a, b)
 
 @pytest.mark.parametrize("closing", (-1e-6, -5., -300.))
 def test_gates_from_open_to_closed(blocks_of, closing):

@@ -8,11 +8,11 @@ __all__ = ['node_lengths', 'backend_for', 'log_linear_attention', 'linear_attent
 # %% ../../nbs/03_log_linear/04_attention.ipynb #ea22811c
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from ..core.blocks import Level, check_shapes, halves, levels, packed
+from ..core.blocks import Level, check_shapes, halves, levels, packed, prefix_sum
 from .fenwick import buckets, level_mask
 from .forms import earlier_buckets, head_first, in_blocks, masked_attention, transported, tree_attention
 from .recurrence import LogLinearState, accumulator, check_alike, check_room, empty_state, spread_heads
@@ -64,14 +64,14 @@ class _Decays:
     """Every decay of R rows: `a` (R, N, C) within blocks; of each group, `scales` of the queries and `ends` of the keys (m, C, 1) and whether it is mild;
     `way` (J, R, N, 1 or C) from the node of each level to where the queries are scaled to; `node[j]` (R, n, 1, 1) of the right-hand nodes of level j"""
     def __init__(self, g: torch.Tensor, C: int):
-        self.a = F.pad(g, (0, -g.shape[1] % C)).unflatten(1, (-1, C)).cumsum(-1, dtype=torch.float64)
+        self.a = prefix_sum(F.pad(g, (0, -g.shape[1] % C)).unflatten(1, (-1, C)).double())
         (R, N, _), D = self.a.shape, self.a[..., -1:]
         mild = self.a.amin(-1, keepdim=True) > MILD
         reached = D if (all_mild := bool(mild.all())) else torch.where(mild, D, self.a)
         cut = lambda x: _split(x.flatten(1), C)
         self.scales, self.ends = ([x[..., None] for x in cut(y)] for y in ((self.a - reached).exp_().to(g), _exp(D - self.a, g.dtype)))
         self.milds = [all_mild or bool(mild[rows, first:first + n].all()) for rows, first, n in _groups(R, N)]
-        self.total = F.pad(D[..., 0].cumsum(-1), (1, 0))
+        self.total = F.pad(prefix_sum(D[..., 0]), (1, 0))
         p = self.total[:, :-1] - self.total[:, _starts(N, g.device)].transpose(0, 1)
         self.way = _exp(reached + p[..., None], g.dtype)
         self.right = [_right_nodes(N, j, g.device) for j in range(len(p))]
@@ -99,20 +99,30 @@ def _parts(level: Level, nodes: list[torch.Tensor], *rows: torch.Tensor) -> list
     return [tuple(x[i] for x in part) for part in zip(*tensors) for i in _batches(part[0])]
 
 class _Work:
-    "Buffers for a group of n blocks in each of R rows, m = R*n in all. A name with `b` is a view in blocks (m, C, ...)"
+    """Buffers for a group of n blocks in each of R rows, m = R*n in all; a block has C tokens and c levels, and J levels lie beyond it.
+
+    q, o       (R, n*C, K), (R, n*C, V)   scaled queries (@eq-rank-one), and the output; `qb`, `ob` by blocks, (m, C, ...)
+    k          (m, C, K)                  scaled keys
+    S          (m, C, C)                  scores, then what the values are multiplied by
+    lam        (C, m, L)                  queries first, as `weigh` multiplies; `lamb` (m, C, L); `near` (C, m, c) and `far` (J, R, n, C) are its two parts
+    level      (C, m, C)                  weights of the levels within blocks, queries first; `spread` (m, C, C)
+    w          (J, R, n, C)               weights of the levels beyond the block, with their decays; `wr` (J, R, n*C, 1) by rows
+    Z[j]       (R, ceil(n/2^j), K, V)     nodes of level j, from the blocks to the root; `Zb` (m, K, V) the blocks
+    pairs[j]   (left, right, parent)      the nodes of level j that merge; odd[j] (parent, last) where the last has no sibling
+    reads[j]   [(q, o, w, Z, room), ...]  batches of reading at level j"""
     def __init__(self, like: torch.Tensor, R: int, n: int, C: int, K: int, V: int, L: int):
         new, m, c = like.new_empty, R*n, C.bit_length()
         self.R, self.n, self.C, self.J = R, n, C, max(0, L - c)
         self.levels = levels(n*C, C)
-        self.q, self.k, self.o = new(R, n*C, K), new(m, C, K), new(R, n*C, V)                    # scaled q and k (@eq-rank-one), and the output
+        self.q, self.k, self.o = new(R, n*C, K), new(m, C, K), new(R, n*C, V)
         self.qb, self.ob = self.q.view(m, C, K), self.o.view(m, C, V)
-        self.S, self.level = new(m, C, C), new(C, m, C)                                          # scores; weights of the levels, queries first
+        self.S, self.level = new(m, C, C), new(C, m, C)
         self.spread = self.level.transpose(0, 1)
-        self.lam = new(C, m, L)                                                                  # queries first: what `weigh` multiplies by
-        self.lamb, self.near, self.far = self.lam.transpose(0, 1), self.lam[..., :c], self.lam[..., c:].permute(2, 1, 0).view(self.J, R, n, C)
-        self.w = new(self.J, R, n, C)                                                            # weights of the levels beyond the block, with their decays
+        self.lam = new(C, m, L)
+        self.lamb, (self.near, self.far) = self.lam.transpose(0, 1), self.near_and_far(self.lam)
+        self.w = new(self.J, R, n, C)
         self.wr = self.w.view(self.J, R, n*C, 1)
-        self.Z = [new(R, -(-n >> j), K, V) for j in range(len(self.levels) + 1)]                 # nodes of each level, from the blocks to the root
+        self.Z = [new(R, -(-n >> j), K, V) for j in range(len(self.levels) + 1)]
         self.Zb = self.Z[0].view(m, K, V)
         self.flat = new(m*C*max(K, V) + m*K*V)                                                   # see `room`
         self.pairs = [(Z[:, 0:Z.shape[1] - 1:2], Z[:, 1::2], up[:, :Z.shape[1] // 2]) for Z, up in zip(self.Z, self.Z[1:])]
@@ -120,11 +130,16 @@ class _Work:
         self.reads = [[(*part, self.room(*part[0].shape[:2], V)) for part in _parts(l, [Z], self.q, self.o, w)]
                       for l, Z, w in zip(self.levels, self.Z, self.wr)]
 
+    def near_and_far(self, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "Views of (C, m, L): the levels within blocks as (C, m, c), and those beyond as (J, R, n, C)"
+        c = self.C.bit_length()
+        return lam[..., :c], lam[..., c:].permute(2, 1, 0).view(self.J, self.R, self.n, self.C)
+
     def room(self, *shape: int) -> torch.Tensor:
         "A view for what is needed for a moment only"
         return self.flat[:math.prod(shape)].view(shape)
 
-    def load(self, d: "_Decays", i: int, rows: slice, first: int, q, k, lam) -> None:
+    def load(self, d: "_Decays", i: int, rows: slice, first: int, q: torch.Tensor, k: torch.Tensor, lam: torch.Tensor) -> None:
         "Take up the i-th group: scale queries and keys, weigh the levels"
         self.d, self.rows, self.first, self.blocks = d, rows, first, slice(first, first + self.n)
         self.scale, self.end, self.mild = d.scales[i], d.ends[i], d.milds[i]
@@ -138,7 +153,7 @@ class _Work:
         torch.bmm(self.near, hot, out=self.level)
         S.mul_(self.spread)
 
-    def scores(self, q, k) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def scores(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         "Scores with their decays, and the decays alone where the group is not mild (@eq-rank-one)"
         if self.mild: return torch.bmm(self.qb, self.k.mT, out=self.S), None
         a = self.d.a[self.rows, self.blocks].reshape(-1, self.C)
@@ -168,14 +183,14 @@ def _bits(m: int) -> list[int]: return [b for b in range(m.bit_length()) if m >>
 
 def _forward(q, k, v, g, lam, o, C: int, keep: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     "Fill `o`; everything is (R, T, ...) and may be strided. Returns, for the backward pass, states of the blocks and of whole groups"
-    (R, T, K), V, d, works = q.shape, v.shape[-1], _Decays(g, C), {}
+    (R, T, K), V, d = q.shape, v.shape[-1], _Decays(g, C)
     N, lam = d.a.shape[1], _reached(lam, d, C)
+    work = cache(lambda R, n: _Work(q, R, n, C, K, V, lam.shape[-1]))
     Z, M = q.new_empty(R, N, K, V) if keep else None, -(-N // GROUP)
     outer = [q.new_empty(R, M >> b, K, V) for b in range((M - 1).bit_length())]
     hot, place = _one_hot(C, q.dtype, q.device)[:, :lam.shape[-1]], _places(o, C)
     for i, ((rows, first, n), qb, kb, vb, lb) in enumerate(zip(_groups(R, N), *(_split(x, C) for x in (q, k, v, lam)))):
-        shape = rows.stop - rows.start, n
-        u = works[shape] if shape in works else works.setdefault(shape, _Work(q, *shape, C, K, V, lam.shape[-1]))
+        u = work(rows.stop - rows.start, n)
         u.load(d, i, rows, first, qb, kb, lb)
         S, _ = u.scores(qb, kb)
         u.weigh(S, hot)
@@ -208,17 +223,53 @@ def _look_back(u: _Work, outer: list[torch.Tensor]) -> None:
 
 # %% ../../nbs/03_log_linear/04_attention.ipynb #06e73651
 class _GradWork(_Work):
-    "Buffers for the gradients of a group"
+    """Buffers for the gradients of a group: each has the shape of what it is the gradient of, but for
+
+    do         (R, n*C, V)                of the output, in `o`'s place
+    dv         (m, C, V)                  of the values
+    dlevel     (m, C, C)                  of the weights of the levels within blocks
+    dway       (J, R, n*C)                of `w` before its decay
+    reads[j]   [(q, do, w, dq, dway, Z, dZ), ...]"""
     def __init__(self, like: torch.Tensor, R: int, n: int, C: int, K: int, V: int, L: int):
         super().__init__(like, R, n, C, K, V, L)
-        new, m, c, J = like.new_empty, R*n, C.bit_length(), self.J
+        new, m = like.new_empty, R*n
         self.do, self.dq, self.dk, self.dv = new(R, n*C, V), new(R, n*C, K), new(m, C, K), new(m, C, V)
         self.dob, self.dqb = self.do.view(m, C, V), self.dq.view(m, C, K)
         self.dS, self.dlevel = new(m, C, C), new(m, C, C)
-        self.dlam, self.dway = new(C, m, L), new(J, R, n*C)                                      # of lam; of w before its decay
-        self.dlamb, self.dnear, self.dfar = self.dlam.transpose(0, 1), self.dlam[..., :c], self.dlam[..., c:].permute(2, 1, 0).view(J, R, n, C)
+        self.dlam, self.dway = new(C, m, L), new(self.J, R, n*C)
+        self.dlamb, (self.dnear, self.dfar) = self.dlam.transpose(0, 1), self.near_and_far(self.dlam)
         self.dZ = [torch.empty_like(Z) for Z in self.Z]
         self.reads = [_parts(l, [Z, dZ], self.q, self.do, w, self.dq, dw) for l, Z, dZ, w, dw in zip(self.levels, self.Z, self.dZ, self.wr, self.dway)]
+
+    def load_grad(self, Z: torch.Tensor, do: torch.Tensor) -> None:
+        "Take up the states of the blocks and the gradient of the output; sum up the nodes again"
+        self.dob.copy_(do)
+        self.Z[0].copy_(Z)
+        self.up(root=False)
+
+    def scores_grad(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hot: torch.Tensor) -> torch.Tensor | None:
+        "Gradients of the scores and of the levels within blocks, and what scores give to scaled queries. Returns the decays of a group that is not mild, whose scores are of plain ones"
+        (S, decay), dS = self.scores(q, k), torch.bmm(self.dob, v.mT, out=self.dS)
+        torch.mul(dS, S, out=self.dlevel)
+        self.weigh(S, hot)
+        dS.mul_(self.spread)
+        self.dnear.copy_(torch.bmm(self.dlevel.transpose(0, 1), hot.mT))
+        if decay is None: torch.bmm(dS, self.k, out=self.dqb)
+        else: self.dqb.zero_()
+        return decay
+
+    def inputs_grad(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor | None) -> None:
+        "Gradients of values, keys and queries, from those of the scores and of the blocks' states"
+        dZ = self.dZ[0].view(self.Zb.shape)
+        torch.bmm(self.S.mT, self.dob, out=self.dv).baddbmm_(self.k, dZ)
+        torch.bmm(v, dZ.mT, out=self.dk)
+        if decay is None: self.dk.baddbmm_(self.dS.mT, self.qb)
+        self.dqb.mul_(self.scale)
+        self.dk.mul_(self.end)
+        if decay is None: return
+        self.dS.mul_(decay)
+        self.dqb.baddbmm_(self.dS, k)
+        self.dk.baddbmm_(self.dS.mT, q)
 
     def read_grad(self, q, do, w, dq, dway, Z, dZ, add: bool = False) -> None:
         "Gradients of one batch of reading (@eq-level-grad), but for the decay of the way in dway; dZ is set or added to"
@@ -246,40 +297,23 @@ class _GradWork(_Work):
         torch.sum(torch.mul(self.Z[j][:, left], above[:, :n], out=self.room(self.R, n, *above.shape[2:])), (-2, -1), out=dnode[self.rows, at])
         self.dZ[j][:, left].addcmul_(above[:, :n], self.d.node[j][self.rows, at])
 
-def _backward(q, k, v, g, lam, Z, outer, do, dq, dk, dv, dlam, C: int) -> torch.Tensor:
-    "Fill dq, dk, dv and dlam. Returns dg (R, T)"
-    (R, T, K), V, d, works = q.shape, v.shape[-1], _Decays(g, C), {}
+def _backward(q, k, v, g, lam, Z: torch.Tensor, outer: list[torch.Tensor], do, dq, dk, dv, dlam, C: int) -> torch.Tensor:
+    "Fill dq, dk, dv and dlam from what `_forward` took and returned, and from do. Returns dg (R, T)"
+    (R, T, K), V, d = q.shape, v.shape[-1], _Decays(g, C)
     N, lam = d.a.shape[1], _reached(lam, d, C)
+    work = cache(lambda R, n: _GradWork(q, R, n, C, K, V, lam.shape[-1]))
     dlam[..., lam.shape[-1]:] = 0                              # levels that no position reaches
     douter, dnode, columns = [torch.zeros_like(x) for x in outer], [x.new_zeros(x.shape[:2]) for x in d.node], q.new_empty(d.a.shape)
     dlam, hot = dlam[..., :lam.shape[-1]], _one_hot(C, q.dtype, q.device)[:, :lam.shape[-1]]
     parts, places = [_split(x, C) for x in (q, k, v, lam, do)], [_places(x, C) for x in (dq, dk, dv, dlam)]
     for i, ((rows, first, n), qb, kb, vb, lb, dob) in reversed(list(enumerate(zip(_groups(R, N), *parts)))):
-        shape = rows.stop - rows.start, n
-        u = works[shape] if shape in works else works.setdefault(shape, _GradWork(q, *shape, C, K, V, lam.shape[-1]))
+        u = work(rows.stop - rows.start, n)
         u.load(d, i, rows, first, qb, kb, lb)
-        u.dob.copy_(dob)
-        u.Z[0].copy_(Z[rows, u.blocks])
-        u.up(root=False)
-        (S, decay), dS = u.scores(qb, kb), torch.bmm(u.dob, vb.mT, out=u.dS)
-        torch.mul(dS, S, out=u.dlevel)
-        u.weigh(S, hot)
-        dS.mul_(u.spread)
-        u.dnear.copy_(torch.bmm(u.dlevel.transpose(0, 1), hot.mT))
-        if decay is None: torch.bmm(dS, u.k, out=u.dqb)
-        else: u.dqb.zero_()
+        u.load_grad(Z[rows, u.blocks], dob)
+        decay = u.scores_grad(qb, kb, vb, hot)
         u.dway.zero_()
         u.down(_looked_back(u, outer, douter, dnode) if outer else None, dnode)
-        dZb = u.dZ[0].view(-1, K, V)
-        torch.bmm(S.mT, u.dob, out=u.dv).baddbmm_(u.k, dZb)
-        torch.bmm(vb, dZb.mT, out=u.dk)
-        if decay is None: u.dk.baddbmm_(dS.mT, u.qb)
-        u.dqb.mul_(u.scale)
-        u.dk.mul_(u.end)
-        if decay is not None:                                    # scores were made of plain queries and keys
-            dS.mul_(decay)
-            u.dqb.baddbmm_(dS, kb)
-            u.dk.baddbmm_(dS.mT, qb)
+        u.inputs_grad(qb, kb, vb, decay)
         columns[rows, u.blocks] = torch.mul(vb, u.dv, out=u.room(*vb.shape)).sum(-1).view(u.R, n, C)
         if u.J: torch.mul(u.dway.view(u.w.shape), d.way[:, rows, u.blocks], out=u.dfar)
         for place, x in zip(places, (u.dqb, u.dk, u.dv, u.dlamb)): _put(place, i, x)
@@ -291,14 +325,14 @@ def _decay_grad(rows: torch.Tensor, columns: torch.Tensor, dnode: list[torch.Ten
     near, far = rows[..., :c].sum((2, 3)), rows[..., c:].sum(2)                         # of each block: read in it, and at each level outside
     dtotal = torch.zeros_like(d.total)                                                  # of the decays before each block
     dtotal[:, :N] += far.sum(-1)
-    for j, start in enumerate(_starts(N, rows.device)):
-        dtotal.index_add_(1, start, -far[..., j])
-        first, end = d.right[j]
+    for j, (first, end) in enumerate(d.right):
+        dtotal[:, :N:1 << j] -= _whole(far[..., j], -(-N >> j) << j).unflatten(1, (-1, 1 << j)).sum(2) # what reads from each node, at its beginning
         dD = (dnode[j] * d.node[j][..., 0, 0]).double()
-        dtotal.index_add_(1, end, dD).index_add_(1, first, -dD)
-    own = dtotal.flip(1).cumsum(1).flip(1)[:, 1:] + columns.sum(2) - near               # of each block's own: what it writes for others decays too
-    da = rows.sum(-1) - columns
-    return (da.flip(2).cumsum(2).flip(2) + own[..., None]).flatten(1)
+        dtotal.index_add_(1, end, dD).index_add_(1, first, -dD)                         # no place twice: the order does not matter
+    own = _suffix_sum(dtotal, 1)[:, 1:] + columns.sum(2) - near                         # of each block's own: what it writes for others decays too
+    return (_suffix_sum(rows.sum(-1) - columns, 2) + own[..., None]).flatten(1)
+
+def _suffix_sum(x: torch.Tensor, dim: int) -> torch.Tensor: return prefix_sum(x.flip(dim), dim).flip(dim)
 
 def _looked_back(u: _GradWork, outer, douter, dnode) -> torch.Tensor | None:
     "Gradients of what a group read of whole groups; returns the gradient of its own root, which by now is complete"
@@ -400,7 +434,7 @@ def _scalar_piece(tree: Callable, q, k, v, g, lam, beta, state: LogLinearState |
     if not (t0 or return_state): return o, None
     dtype = accumulator(v, g, state and state.S)
     q, k, x = (y.to(dtype) for y in (spread_heads(q, v.shape[2]), spread_heads(k, v.shape[2]), v))
-    a = g.double().cumsum(1)
+    a = prefix_sum(g.double(), 1)
     earlier, S = earlier_buckets(state, lam.shape[-1], x), [None]*lam.shape[-1]
     for l, Z in earlier.items():
         o = o + ((lam[..., l] * a.exp())[..., None].to(dtype) * torch.einsum("bthk,bhkv->bthv", q, Z)).to(o.dtype)
@@ -484,8 +518,7 @@ def log_linear_attention(q: torch.Tensor, # (B, T, G, K) queries
                          backend: str = "auto", # "naive" (the definition), "torch", "triton", or "auto": see `backend_for`
                         ) -> torch.Tensor | tuple[torch.Tensor, LogLinearState]: # (B, T, H, V) in the type of `v`, and the state
     """Log-linear attention (Guo et al. 2025), causal, of any length: O(T log T) time, O(T) memory (delta form: O(T log T)). Sums in float32 at least. Gradients reach every
-    input and the initial state; on a CPU, and from the kernels, they are the same bits at every run (torch on a GPU sums
-    in no fixed order). The triton backend takes bfloat16 and float32 and keys of at most 256; its delta form neither continues a
+    input and the initial state, and are the same bits at every run. The triton backend takes bfloat16 and float32 and keys of at most 256; its delta form neither continues a
     state nor has gradients through the one it returns (`auto` takes torch there). Raises `ValueError` on shapes, types and devices that do not fit, on sequences longer than
     the levels of `lam` hold, and on a backend that cannot take the inputs."""
     _check(q, k, v, g, lam, beta, initial_state, cu_seqlens)
@@ -554,7 +587,7 @@ def _linear(q, k, v, g, beta, S: torch.Tensor | None) -> tuple[torch.Tensor, tor
     if not T: return v.to(dtype), S
     C = min(CHUNK, 1 << (T - 1).bit_length())
     q, k, v, g, _, beta = (None if x is None else in_blocks(x.to(dtype), C) for x in head_first(q, k, v, g, g[..., None], beta))
-    a = g.double().cumsum(-1)
+    a = prefix_sum(g.double())
     A, qt, kt, P = transported(q, k, beta)
     causal = torch.ones(C, C, dtype=torch.bool, device=v.device).tril()
     o = (A * (a[..., :, None] - a[..., None, :]).masked_fill(~causal, -torch.inf).to(v).exp()) @ v

@@ -8,7 +8,7 @@ __all__ = ['transported', 'weights', 'masked_attention', 'head_first', 'recurren
 
 # %% ../../nbs/03_log_linear/03_forms.ipynb #788a4269
 import torch
-from ..core.blocks import ut_inverse
+from ..core.blocks import prefix_sum, ut_inverse
 from .fenwick import bit_length, lowest_set_bit
 from .recurrence import LogLinearState, accumulator, merge_matrix, spread_heads, step
 
@@ -27,10 +27,12 @@ def weights(a: torch.Tensor, # (..., T) log decay from the start of the block
             lam: torch.Tensor, # (..., T, L)
             level: torch.Tensor, # (T, T) levels; what it says above the diagonal does not matter
            ) -> torch.Tensor: # (..., T, T)
-    "M^S * M^H (@eq-masked). The mask comes before the exponential, which therefore never grows."
+    """M^S * M^H (@eq-masked). The mask comes before the exponential, which therefore never grows. Levels are looked up by a product with 0 and 1: the gradient of an indexed look-up
+    is added up in no fixed order on a GPU."""
     causal = torch.ones_like(level, dtype=torch.bool).tril()
     decay = (a[..., :, None] - a[..., None, :]).masked_fill(~causal, -torch.inf).to(lam.dtype).exp()
-    return decay * lam.gather(-1, level.expand(decay.shape))
+    hot = (level[:, None] == torch.arange(lam.shape[-1], device=lam.device)[:, None]).to(lam.dtype)      # (T, L, T)
+    return decay * torch.einsum("...tl,tls->...ts", lam, hot)
 
 # %% ../../nbs/03_log_linear/03_forms.ipynb #2ba128b2
 def masked_attention(q: torch.Tensor, # (B, T, G, K)
@@ -46,17 +48,18 @@ def masked_attention(q: torch.Tensor, # (B, T, G, K)
     L, T, t0 = lam.shape[-1], v.shape[-2], int(state.t[0]) if state else 0
     pos = torch.arange(t0, t0 + T, device=v.device)
     A, qt, kt, P = transported(q, k, beta)
-    a = g.double().cumsum(-1)                                  # in float64, or late differences of long sums lose their digits
+    a = prefix_sum(g.double())                                 # in float64, or late differences of long sums lose their digits
     o = (A * weights(a, lam, bit_length(pos[:, None] ^ pos))).tril() @ v
     end = (a[..., -1:] - a).exp().to(v.dtype)
     held = (bit_length(pos[-1] ^ pos) == torch.arange(L, device=v.device)[:, None]).to(v.dtype)
     S = torch.einsum("ls,bhs,bhsk,bhsv->bhlkv", held, end, kt, v)
     if t0:
-        l = torch.arange(L, device=v.device).maximum(bit_length(pos ^ (t0 - 1))[:, None])       # (T, L): where t finds old bucket l
+        i = torch.arange(L, device=v.device)
+        found = (i.maximum(bit_length(pos ^ (t0 - 1))[:, None])[..., None] == i).to(v.dtype)      # (T, L, L): whether t finds old bucket l at level m
         y = torch.einsum("bhtk,bhlkv->bhtlv", qt, state.S.to(v.dtype))
-        o = o + a.exp().to(v.dtype)[..., None] * (lam.gather(-1, l.expand(*lam.shape))[..., None] * y).sum(-2)
+        o = o + a.exp().to(v.dtype)[..., None] * (torch.einsum("bhtm,tlm->bhtl", lam, found)[..., None] * y).sum(-2)
         old = state.S.to(v.dtype) if P is None else P[:, :, None] @ state.S.to(v.dtype)
-        S = S.index_add(2, l[-1], a[..., -1].exp().to(v.dtype)[..., None, None, None] * old)
+        S = S + a[..., -1].exp().to(v.dtype)[..., None, None, None] * torch.einsum("lm,bhlkv->bhmkv", found[-1], old)
     return o.transpose(1, 2), LogLinearState(S, torch.full((len(v),), t0 + T, device=v.device))
 
 # %% ../../nbs/03_log_linear/03_forms.ipynb #be6751e5
@@ -90,10 +93,10 @@ def chunkwise_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: to
     held, out, c = {}, [], C.bit_length() - 1
     for n, first in enumerate(range(0, v.shape[-2], C)):
         cut = slice(first, first + C)
-        a, x, w = g[..., cut].double().cumsum(-1), v[..., cut, :], lam[..., cut, :]
+        a, x, w = prefix_sum(g[..., cut].double()), v[..., cut, :], lam[..., cut, :]
         i = torch.arange(x.shape[-2], device=v.device)
         A, qt, kt, P = transported(q[..., cut, :], k[..., cut, :], None if beta is None else beta[..., cut])
-        o = (A * weights(a, w, bit_length(i[:, None] ^ i))).tril() @ x
+        o = (A * weights(a, w[..., :c + 1], bit_length(i[:, None] ^ i))).tril() @ x
         if n:
             m = lowest_set_bit(n) + 1
             held[m] = sum(held.pop(j) for j in range(m) if j in held)
@@ -117,17 +120,17 @@ def tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.T
     T, t0, c, L = v.shape[1], int(state.t[0]) if state else 0, C.bit_length() - 1, lam.shape[-1]
     if t0 and T > t0 & -t0: raise ValueError(f"from position {t0} a node of the tree holds at most {t0 & -t0} tokens, got {T}")
     q, k, v, g, lam, beta = (None if x is None else in_blocks(x, C) for x in head_first(q, k, v, g, lam, beta, state))
-    a, i = g.double().cumsum(-1), torch.arange(C, device=v.device)         # sums of decays in float64: strong ones would lose the digits of weak ones
+    a, i = prefix_sum(g.double()), torch.arange(C, device=v.device)        # sums of decays in float64: strong ones would lose the digits of weak ones
     A, qt, kt, P = transported(q, k, beta)
-    o = (A * weights(a, lam, bit_length(i[:, None] ^ i).clamp(max=L - 1))).tril() @ v
+    o = (A * weights(a, lam[..., :c + 1], bit_length(i[:, None] ^ i))).tril() @ v
     nodes, p = [((kt * (a[..., -1:] - a).exp().to(v)[..., None]).mT @ v, P, a[..., -1])], a
     for j in range((v.shape[2] - 1).bit_length()):
         Z, P, D = nodes[j]
-        right, left = _siblings(v.shape[2], j, v.device)
+        right = _right(v.shape[2], j, v.device)
         w, qr = (lam[..., c + 1 + j] * p.exp().to(v))[:, :, right], qt[:, :, right]
-        o = o.index_add(2, right, w[..., None] * (qr @ Z[:, :, left]))
-        p = p.index_add(2, right, D[:, :, left, None].expand(*w.shape))
-        if P is not None: qt = qt.index_copy(2, right, qr @ P[:, :, left])
+        o = o.index_add(2, right, w[..., None] * (qr @ _left(Z, j, len(right))))
+        p = p.index_add(2, right, _left(D, j, len(right))[..., None].expand(*w.shape))
+        if P is not None: qt = qt.index_copy(2, right, qr @ _left(P, j, len(right)))
         nodes.append(_parents(Z, P, D))
     S = None
     if state is not None or return_state:
@@ -143,11 +146,14 @@ def in_blocks(x: torch.Tensor, C: int) -> torch.Tensor:
     if pad: x = torch.cat([x, x.new_zeros(*x.shape[:2], pad, *x.shape[3:])], 2)
     return x.unflatten(2, (-1, C))
 
-def _siblings(N: int, j: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    "At level j: the blocks that lie in right-hand nodes, and for each the number of the left-hand sibling"
+def _right(N: int, j: int, device) -> torch.Tensor:
+    "The blocks that lie in right-hand nodes of level j"
     n = torch.arange(N, device=device)
-    right = n[(n >> j & 1).bool()]
-    return right, (right >> j) - 1
+    return n[(n >> j & 1).bool()]
+
+def _left(x: torch.Tensor, j: int, n: int) -> torch.Tensor:
+    "What the left-hand sibling of each of those n blocks holds; repeated rather than indexed, so that the gradient is a plain sum"
+    return x[:, :, ::2].repeat_interleave(1 << j, 2)[:, :, :n]
 
 def _parents(Z: torch.Tensor, P: torch.Tensor | None, D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     "The nodes one level up (@eq-tree); a last node without sibling is its own parent"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from ..core.blocks import Level, check_shapes, halves, levels, packed
+from ..core.blocks import Level, check_shapes, halves, levels, packed, prefix_sum
 from .transport import naive_path_attention
 
 # %% ../../nbs/05_path_attention/03_attention.ipynb #1f088216
@@ -332,7 +332,7 @@ def _cut(x: torch.Tensor | None, at: tuple[slice, slice], s: _Sizes) -> torch.Te
 def _running(gate: torch.Tensor | None, s: _Sizes, device: torch.device) -> torch.Tensor:
     "Running sums of the gate: (M, C, r) in float64, with r = 0 where there is no gate"
     if gate is None: return torch.empty(s.M, s.C, 0, device=device)
-    return _take(_blocked(gate.double().cumsum(1), s), (slice(None),)*3).unflatten(1, (s.C, s.r))
+    return _take(_blocked(prefix_sum(gate.double(), 1), s), (slice(None),)*3).unflatten(1, (s.C, s.r))
 
 def _types(v: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
     "What is computed in: the leaves and the tree, and the rectangles"
@@ -398,7 +398,7 @@ def _portion_backward(kept: _Kept, o: torch.Tensor, lse: torch.Tensor, do: torch
         gq, gk, gw, gb = _leaves_backward(dA.mul_(scale), dQ[m].mul_(scale), dK[m], None if dP is None else dP[m], sq, sk, sw, sb, X, qw, masks)
         for out, grad in zip(views, (gq, gk, dV[m].baddbmm_(p.mT, g), gw, gb)):
             if out is not None: out[at].copy_(grad.view(out[at].shape))
-    if gate is not None: outs[5][:, :s.T] = -_unblocked(dc.double().flatten(1), s).flip(1).cumsum(1).flip(1)
+    if gate is not None: outs[5][:, :s.T] = -prefix_sum(_unblocked(dc.double().flatten(1), s).flip(1), 1).flip(1)
 
 def _backward(kept: list[_Kept], o: torch.Tensor, lse: torch.Tensor, do: torch.Tensor, ins: list[torch.Tensor | None], scale: float) -> list[torch.Tensor | None]:
     "Gradients of q, k, v, w, beta, gate"
@@ -472,8 +472,8 @@ def path_attention(q: torch.Tensor, # (B, T, HQ, D) queries
                    cu_seqlens: torch.Tensor | None = None, # (N+1,) sequences packed in one row, B = 1
                    backend: str = "auto", # "auto", "naive", "torch" or "triton"
                   ) -> torch.Tensor: # (B, T, HQ, V)
-    """PaTH attention [@yang2025path], for any T. Differentiable once (the naive backend arbitrarily often); the gradient needs O(T log T) memory and is,
-    on a CPU and from the kernels, the same bits at every run (torch on a GPU makes running sums in no fixed order). w, beta and gate may be of another floating-point type than q, k, v.
+    """PaTH attention [@yang2025path], for any T. Differentiable once (the naive backend arbitrarily often); the gradient needs O(T log T) memory and is
+    the same bits at every run. w, beta and gate may be of another floating-point type than q, k, v.
     The kernels (triton) take float16, bfloat16 and float32, heads of at most 128, and values as wide as keys; `auto` takes torch for all else,
     up to 256. Raises `ValueError` for shapes, types or a backend that do not fit."""
     _check(q, k, v, w, beta, gate, backend)

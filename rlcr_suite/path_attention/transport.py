@@ -8,7 +8,7 @@ __all__ = ['path_logits', 'naive_path_attention']
 # %% ../../nbs/05_path_attention/01_transport.ipynb #5a7c3a1b
 import torch
 import torch.nn.functional as F
-from ..core.blocks import check_shapes
+from ..core.blocks import check_shapes, prefix_sum
 
 # %% ../../nbs/05_path_attention/01_transport.ipynb #ff1a3aae
 def path_logits(q: torch.Tensor, # (B, T, HQ, D)
@@ -41,7 +41,7 @@ def naive_path_attention(q: torch.Tensor, # (B, T, HQ, D)
     T, scale, heads = q.shape[1], q.shape[-1]**-.5 if scale is None else scale, q.shape[2]//v.shape[2]
     S = path_logits(*(x if x is None else x.to(wide) for x in (q, k, w, beta)))*scale
     if gate is not None:
-        c = gate.to(wide).transpose(1, 2).cumsum(-1)
+        c = prefix_sum(gate.to(wide).transpose(1, 2))
         S = S + (c[..., None] - c[..., None, :])*(scale if scale_gate else 1.)
     S = S.masked_fill(torch.ones(T, T, dtype=torch.bool, device=S.device).triu(1), -torch.inf)
     v = v.to(wide).transpose(1, 2).repeat_interleave(heads, 1)

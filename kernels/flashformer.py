@@ -172,15 +172,15 @@ def _step(acc, w, scales, x, r, k, one, M: tl.constexpr, FULL: tl.constexpr):
     j = tl.arange(0, BK)[None, :]
     column = j//WORDS*(WORDS*PARTS) + j % WORDS + 0*r                             # (BN, BK)
     ok = (k + j < COUNT) & (r >= 0)
-    if FULL: word = tl.load(w + r.to(tl.int64)*COUNT + (k + j), eviction_policy="evict_first")
-    else: word = tl.load(w + r.to(tl.int64)*COUNT + (k + j), mask=ok, other=0, eviction_policy="evict_first")
+    if FULL: word = tl.load(w + (r*COUNT + k + j), eviction_policy="evict_first")
+    else: word = tl.load(w + (r*COUNT + k + j), mask=ok, other=0, eviction_policy="evict_first")
     part = tl.zeros((BN, BK), tl.float32) if BITS == 4 else acc                   # 4 bits have a scale for each block of columns
     for i in tl.static_range(PARTS):
         if FULL: xk = tl.load(x + (k*PARTS + column + i*WORDS))
         else: xk = tl.load(x + (k*PARTS + column + i*WORDS), mask=ok, other=0.)
         part += _part(word, i, one, BITS, HALF)*xk
     if BITS == 4:
-        at = r.to(tl.int64)*(M.K//128) + (k//WORDS + j//WORDS)
+        at = r*(M.K//128) + (k//WORDS + j//WORDS)
         if FULL: scale = tl.load(scales + at)
         else: scale = tl.load(scales + at, mask=ok, other=0.)
         return acc + part*scale.to(tl.float32)
@@ -208,7 +208,7 @@ def _one_row(w, scales, x, sums, r, one, M: tl.constexpr):
         BLOCKS: tl.constexpr = triton.next_power_of_2(K//128)
         b = tl.arange(0, BLOCKS)[None, :]
         ok = (b < K//128) & (r >= 0)
-        total = tl.load(sums + b + 0*r, mask=ok, other=0.)*tl.load(scales + r.to(tl.int64)*(K//128) + b, mask=ok, other=0.).to(tl.float32)
+        total = tl.load(sums + b + 0*r, mask=ok, other=0.)*tl.load(scales + r*(K//128) + b, mask=ok, other=0.).to(tl.float32)
         y = (y - 1.5*tl.sum(total, 1))*(1 << BITS)
     y = y[:, None]
     if BITS == 8: y *= tl.load(scales + r).to(tl.float32)
@@ -235,7 +235,7 @@ def _rows(w, scales, x, gain, unit, r, m, one, M: tl.constexpr, eps, NORM: tl.co
     S: tl.constexpr = M.S
     FIRST: tl.constexpr = NORM and w.dtype.element_ty == tl.float16
     s, j, i = tl.arange(0, S), tl.arange(0, BK), tl.arange(0, R)
-    row = r.to(tl.int64)[None, :, None]
+    row = r[None, :, None]
     live = (i < m)[None, None, :]
     acc = tl.zeros((S, BN, R), tl.float32)                                      # (slices, rows of the tile, rows of x)
     squares = tl.zeros((S, BK, R), tl.float32)
@@ -280,18 +280,29 @@ def _product(matrix, x, sums, gain, unit, r, m, one, M: tl.constexpr, eps, NORM:
     else: return _rows(w, scales, x, gain, unit, r, m, one, M, eps, NORM, R)
 
 @triton.jit
+def _from(matrix, row, M: tl.constexpr):
+    "A matrix and its scales from a row on. Within a tile, offsets fit in 32 bits"
+    PER_ROW: tl.constexpr = M.K//128 if M.bits == 4 else 1
+    w, scales = matrix
+    return w + tl.cast(row, tl.int64)*M.width, scales + tl.cast(row, tl.int64)*PER_ROW
+
+@triton.jit
 def _layer(w, scales, l, M: tl.constexpr):
     "Layer l of a stack: the matrix and its scales"
-    PER_ROW: tl.constexpr = M.K//128 if M.bits == 4 else 1
-    l = l.to(tl.int64)
-    return w + l*(M.N*M.width), scales + l*(M.N*PER_ROW)
+    return _from((w, scales), l.to(tl.int64)*M.N, M)
+
+@triton.jit
+def _there(r, first, N: tl.constexpr, BN: tl.constexpr):
+    "Rows r of a tile of BN that begins with `first`, the last of N in place of those beyond it: nothing to do where tiles come out even"
+    if N % BN: return tl.minimum(r, N - 1 - first)
+    else: return r
 
 @triton.jit
 def _ahead(w, first, N: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr):
     "Prefetch the tile of BN rows, of N, that begins with `first`, if there is one"
     BYTES: tl.constexpr = M.K*M.bits//8                                           # a row
     if AHEAD:
-        if first < N: prefetch(w + first.to(tl.int64)*M.width, tl.minimum(N - first, BN)*BYTES)
+        if first < N: prefetch(w + first.to(tl.int64)*M.width, (_there(BN - 1, first, N, BN) + 1)*BYTES)
 
 @triton.jit
 def _ahead_pair(w, first, M: tl.constexpr, AHEAD: tl.constexpr):
@@ -474,8 +485,8 @@ def _pick(best, best_id, row, programs, ROWS: tl.constexpr, BP: tl.constexpr, V:
 def _tile(grid, tile, matrix, x, sums, gain, unit, m, one, M: tl.constexpr, eps, NORM: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
     "The rows of a tile, beyond the last too, and what they are times x: (BN,), (BN, R). Asks for the next tile first"
     _ahead(matrix[0], (tile + grid[1])*M.BN, M.N, M, M.BN, AHEAD)
-    r = tile*M.BN + tl.arange(0, M.BN)
-    return r, _product(matrix, x, sums, gain, unit, tl.minimum(r, M.N - 1), m, one, M, eps, NORM, R)
+    first, j = tile*M.BN, tl.arange(0, M.BN)
+    return first + j, _product(_from(matrix, first, M), x, sums, gain, unit, _there(j, first, M.N, M.BN), m, one, M, eps, NORM, R)
 
 @triton.jit
 def _qkv_stage(grid, matrix, x, sums, gain, unit, bias, to, m, one, M: tl.constexpr, eps, BIAS: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
@@ -512,9 +523,10 @@ def _gate_up_stage(grid, matrix, x, sums, gain, unit, act, m, one, M: tl.constex
     i, j = tl.arange(0, R)[None, :], tl.arange(0, M.BN)
     for tile in range(grid[0], tl.cdiv(F, HALF), grid[1]):
         _ahead_pair(matrix[0], (tile + grid[1])*HALF, M, AHEAD)
-        y = _product(matrix, x, sums, gain, unit, tl.minimum(tile*HALF + j//2, F - 1) + (j % 2)*F, m, one, M, eps, True, R)
+        first = tile*HALF
+        y = _product(_from(matrix, first, M), x, sums, gain, unit, _there(j//2, first, F, HALF) + (j % 2)*F, m, one, M, eps, True, R)
         gate, up = tl.split(tl.permute(tl.reshape(y, (HALF, 2, R)), (0, 2, 1)))
-        r = tile*HALF + tl.arange(0, HALF)
+        r = first + tl.arange(0, HALF)
         to = _place(r, DOWN.bits, DOWN.BK) if R == 1 else r
         tl.store(act + i*F + to[:, None], gate*tl.sigmoid(gate)*up, mask=(r < F)[:, None] & (i < m))
 

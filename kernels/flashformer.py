@@ -54,6 +54,10 @@ class Cut:
     S: int # slices a step, each of BK columns or words, in the form for several rows; 1 in that for one
 
     @property
+    def short(self) -> bool: # rows of so few words that a warp takes a whole one, and all its steps are written out
+        return self.K*self.bits//32 <= 1024
+
+    @property
     def width(self) -> int: # elements a row, as it is stored
         return self.K if self.bits >= 16 else self.K*self.bits//32
 
@@ -190,8 +194,8 @@ def _step(acc, w, scales, x, r, k, one, M: tl.constexpr, FULL: tl.constexpr):
 def _one_row(w, scales, x, sums, r, one, M: tl.constexpr):
     """Rows r of a matrix (N, K), read as 32-bit words, times x (K,) as `_place` lays it out: (BN, 1). By fused multiply-adds; the sum over threads comes last.
     A thread reads four words of a row, and four numbers of x for each of their parts. x is read once for every row of the tile: so it is born in the layout of
-    the weights, and the assembler keeps one load for all rows; read as a vector it would change threads through shared memory at every step. sums: of x, for
-    quantised weights, as `_sums` makes them"""
+    the weights, and the assembler keeps one load for all rows; read as a vector it would change threads through shared memory at every step. sums: for quantised
+    weights, as `_sums` makes them"""
     BITS: tl.constexpr = M.bits
     K: tl.constexpr = M.K
     BN: tl.constexpr = M.BN
@@ -200,16 +204,19 @@ def _one_row(w, scales, x, sums, r, one, M: tl.constexpr):
     WHOLE: tl.constexpr = COUNT//BK*BK                                            # words in steps that are full; only the last may not be
     r = r[:, None]
     acc = tl.zeros((BN, BK), tl.float32)
-    for k in range(0, WHOLE, BK): acc = _step(acc, w, scales, x, r, k, one, M, True)
+    if M.short:
+        for k in tl.static_range(0, WHOLE, BK): acc = _step(acc, w, scales, x, r, k, one, M, True)
+    else:
+        for k in range(0, WHOLE, BK): acc = _step(acc, w, scales, x, r, k, one, M, True)
     if WHOLE < COUNT: acc = _step(acc, w, scales, x, r, WHOLE, one, M, False)
     y = tl.sum(acc, 1)
-    if BITS == 8: y = (y - 1.5*tl.load(sums))*(1 << BITS)                         # what every part has too much: the same for all rows,
+    if BITS == 8: y = y*(1 << BITS) - tl.load(sums)                               # less what every part has too much: the same for all rows,
     if BITS == 4:                                                                 # or with a scale block by block
         BLOCKS: tl.constexpr = triton.next_power_of_2(K//128)
         b = tl.arange(0, BLOCKS)[None, :]
         ok = (b < K//128) & (r >= 0)
         total = tl.load(sums + b + 0*r, mask=ok, other=0.)*tl.load(scales + r*(K//128) + b, mask=ok, other=0.).to(tl.float32)
-        y = (y - 1.5*tl.sum(total, 1))*(1 << BITS)
+        y = y*(1 << BITS) - tl.sum(total, 1)
     y = y[:, None]
     if BITS == 8: y *= tl.load(scales + r).to(tl.float32)
     return y
@@ -298,6 +305,12 @@ def _there(r, first, N: tl.constexpr, BN: tl.constexpr):
     else: return r
 
 @triton.jit
+def _within(r, N: tl.constexpr, BN: tl.constexpr):
+    "Which rows r of a tile are rows of the matrix"
+    if N % BN: return r < N
+    else: return tl.full(r.shape, 1, tl.int1)
+
+@triton.jit
 def _ahead(w, first, N: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr):
     "Prefetch the tile of BN rows, of N, that begins with `first`, if there is one"
     BYTES: tl.constexpr = M.K*M.bits//8                                           # a row
@@ -328,16 +341,17 @@ def _norm(x, gain, to, M: tl.constexpr, eps, BE: tl.constexpr):
 
 @triton.jit
 def _sums(x, to, M: tl.constexpr):
-    "Sums of x (K,) for quantised weights: of each block of 128 for 4 bits, to (K/128,); of all of it for 8, to (1,)"
+    """For quantised weights, what the 1.5 in every `_part` adds to a product with x (K,): in each block of 128 for 4 bits, to (K/128,); in all of it for 8, to (1,)"""
     if M.bits < 16:
+        EXCESS: tl.constexpr = 1.5*(1 << M.bits)
         total = tl.zeros((16,), tl.float32)
         for first in range(0, M.K//128, 16):
             b = first + tl.arange(0, 16)
             ok = b < M.K//128
             block = tl.sum(tl.load(x + b[:, None]*128 + tl.arange(0, 128)[None, :], mask=ok[:, None], other=0.), 1)
-            if M.bits == 4: tl.store(to + b, block, mask=ok)
+            if M.bits == 4: tl.store(to + b, EXCESS*block, mask=ok)
             else: total += block
-        if M.bits == 8: tl.store(to, tl.sum(total, 0))
+        if M.bits == 8: tl.store(to, EXCESS*tl.sum(total, 0))
         tl.debug_barrier()
 
 @triton.jit
@@ -494,7 +508,7 @@ def _qkv_stage(grid, matrix, x, sums, gain, unit, bias, to, m, one, M: tl.conste
     i = tl.arange(0, R)[None, :]
     for tile in range(grid[0], tl.cdiv(M.N, M.BN), grid[1]):
         r, y = _tile(grid, tile, matrix, x, sums, gain, unit, m, one, M, eps, True, R, AHEAD)
-        ok = (r < M.N)[:, None]
+        ok = _within(r, M.N, M.BN)[:, None]
         if BIAS: y += tl.load(bias + r[:, None], mask=ok, other=0.).to(tl.float32)
         tl.store(to + i*M.N + r[:, None], y, mask=ok & (i < m))
 
@@ -507,13 +521,25 @@ def _attention_stage(grid, qkv, norms, cache, rotation, found, l, p, m, scale, A
         _attend(qkv, norms, cache, rotation, found, l, u//chunks//splits, u//chunks % splits, u % chunks, per, p, m, scale, A, SPLITS, BG, BT)
 
 @triton.jit
-def _add_stage(grid, matrix, x, sums, stream, h, m, one, M: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
-    "h (R, N) = stream + x W^T"
+def _add(r, y, stream, h, m, M: tl.constexpr, R: tl.constexpr):
+    "h (R, N) = stream + y (BN, R), at rows r of the matrix"
     i = tl.arange(0, R)[None, :]
+    ok = _within(r, M.N, M.BN)[:, None] & (i < m)
+    tl.store(h + i*M.N + r[:, None], y + tl.load(stream + i*M.N + r[:, None], mask=ok, other=0.), mask=ok)
+
+@triton.jit
+def _output_stage(grid, matrix, x, sums, stream, h, m, one, M: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
+    "h (R, N) = stream + x Wo^T"
     for tile in range(grid[0], tl.cdiv(M.N, M.BN), grid[1]):
         r, y = _tile(grid, tile, matrix, x, sums, h, 1., m, one, M, 0., False, R, AHEAD)
-        ok = (r < M.N)[:, None] & (i < m)
-        tl.store(h + i*M.N + r[:, None], y + tl.load(stream + i*M.N + r[:, None], mask=ok, other=0.), mask=ok)
+        _add(r, y, stream, h, m, M, R)
+
+@triton.jit
+def _down_stage(grid, matrix, x, sums, h, m, one, M: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
+    "h (R, N) += x Wd^T"
+    for tile in range(grid[0], tl.cdiv(M.N, M.BN), grid[1]):
+        r, y = _tile(grid, tile, matrix, x, sums, h, 1., m, one, M, 0., False, R, AHEAD)
+        _add(r, y, h, h, m, M, R)
 
 @triton.jit
 def _gate_up_stage(grid, matrix, x, sums, gain, unit, act, m, one, M: tl.constexpr, DOWN: tl.constexpr, eps, R: tl.constexpr, AHEAD: tl.constexpr):
@@ -528,7 +554,7 @@ def _gate_up_stage(grid, matrix, x, sums, gain, unit, act, m, one, M: tl.constex
         gate, up = tl.split(tl.permute(tl.reshape(y, (HALF, 2, R)), (0, 2, 1)))
         r = first + tl.arange(0, HALF)
         to = _place(r, DOWN.bits, DOWN.BK) if R == 1 else r
-        tl.store(act + i*F + to[:, None], gate*tl.sigmoid(gate)*up, mask=(r < F)[:, None] & (i < m))
+        tl.store(act + i*F + to[:, None], gate*tl.sigmoid(gate)*up, mask=_within(r, F, HALF)[:, None] & (i < m))
 
 @triton.jit
 def _head_stage(grid, matrix, x, sums, gain, unit, best, best_id, p, m, inverse_temperature, seed, one, M: tl.constexpr, eps, SAMPLE: tl.constexpr,
@@ -540,7 +566,7 @@ def _head_stage(grid, matrix, x, sums, gain, unit, best, best_id, p, m, inverse_
     for tile in range(grid[0], tl.cdiv(M.N, M.BN), grid[1]):
         r, y = _tile(grid, tile, matrix, x, sums, gain, unit, m, one, M, eps, True, R, AHEAD)
         if SAMPLE: y = y*inverse_temperature + _gumbel(seed, r[:, None] + 0*i[None, :], p + i[None, :])
-        better = (y > top) & (r < M.N)[:, None]
+        better = (y > top) & _within(r, M.N, BN)[:, None]
         top, top_id = tl.where(better, y, top), tl.where(better, r[:, None], top_id)
     most = tl.max(top, 0)
     tl.store(best + grid[0]*ROWS + i, most)
@@ -617,13 +643,13 @@ def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, 
             if R == 1: _sums(x, sums, O)
             stream = h
             if (R == 1) & (l == 0): stream = mine
-            _add_stage(grid, _layer(wo, so, l, O), x, sums, stream, h, m, one, O, R, AHEAD)
+            _output_stage(grid, _layer(wo, so, l, O), x, sums, stream, h, m, one, O, R, AHEAD)
         elif stage == 3:
             y, unit = _normed(h, n2 + l*D, x, sums, m, GU, eps, FP16, R, BE)
             _gate_up_stage(grid, _layer(wgu, sgu, l, GU), y, sums, n2 + l*D, unit, act, m, one, GU, DOWN, eps, R, AHEAD)
         else:
             if R == 1: _sums(act, sums, DOWN)
-            _add_stage(grid, _layer(wd, sd, l, DOWN), act, sums, h, h, m, one, DOWN, R, AHEAD)
+            _down_stage(grid, _layer(wd, sd, l, DOWN), act, sums, h, m, one, DOWN, R, AHEAD)
         if s + 1 < hi:
             arrival = grid_arrive(barrier)
             if AHEAD: _next_matrix(pid, wqkv, wo, wgu, wd, head, 5 if u == 5*A.layers else stage, l, A, QKV, O, GU, DOWN, HEAD)
@@ -660,7 +686,8 @@ def _columns(K: int, bits: int, rows: int, tile: int) -> tuple[int, int]: # word
     """One to four times four words a thread, so many that the least is left empty in the last step, the larger of equals"""
     if rows > 1: return (128*bits//32, 8) if bits < 16 else (_divisor(K, 32), 8)
     words = K*bits//32
-    return min((min(n//tile, triton.next_power_of_2(words)) for n in (4096, 2048, 1024)), key=lambda b: (triton.cdiv(words, b)*b, -b)), 1
+    sizes = (4096, 2048, 1024) if words > 1024 else (128*max(tile, 8),)
+    return min((min(n//tile, triton.next_power_of_2(words)) for n in sizes), key=lambda b: (triton.cdiv(words, b)*b, -b)), 1
 
 def _bits(w: torch.Tensor | Quantised) -> int:
     return KINDS[w.kind] if isinstance(w, Quantised) else 8*w.element_size()
@@ -885,9 +912,9 @@ def weight_costs(compiled, # `aot.Compiled` of …
     read = lambda loop: sum(int(m[1] or 32)//8 for x in loop if (m := re.search(r"LDG\.E\.EF(?:\.CONSTANT)?(?:\.(64|128))?", x))) # bytes a trip
     multiplies = lambda loop: any("HMMA" in x for x in loop) and not any("MUFU.EX2" in x for x in loop)
     loops = [(loop, stage) for loop, stage in _innermost(compiled) if (multiplies if rows else read)(loop)]
-    adds = iter(("O", "DOWN"))                                                    # both are in `_add_stage`
-    names = [dict(_head_stage="HEAD", _qkv_stage="QKV", _gate_up_stage="GU").get(stage) or next(adds, None) for _, stage in loops]
-    cuts = {name: case.constexprs[name] for name in ("QKV", "O", "GU", "DOWN", "HEAD")}
+    of = dict(_qkv_stage="QKV", _output_stage="O", _gate_up_stage="GU", _down_stage="DOWN", _head_stage="HEAD")
+    names = [of.get(stage) for _, stage in loops]
+    cuts = {name: case.constexprs[name] for name in of.values()}
     if set(names) != set(cuts) or len(names) != len(cuts): raise ValueError(f"{compiled.label}: a loop for each of {', '.join(cuts)} wanted, found {names}")
     def weights(name, loop): # a trip, a thread
         m = cuts[name]

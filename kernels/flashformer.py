@@ -469,9 +469,9 @@ def _parts(p, SPLITS: tl.constexpr, BT: tl.constexpr):
 
 @triton.jit
 def _combine(found, to, w, m, splits, H: tl.constexpr, HD: tl.constexpr, M: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr, BC: tl.constexpr):
-    """One softmax from the splits: m rows of H HD, as a product with w wants them. Eight splits at a time, whose loads wait for nothing but memory: one
-    after the other, each would wait for what the last one made of the maximum"""
-    MANY: tl.constexpr = 8
+    """One softmax from the splits: m rows of H HD, as a product with w wants them. Eight splits at a time, whose loads wait for nothing but memory: one after the other,
+    each would wait for what the last one made of the maximum. Four in the form for several rows, where registers are few"""
+    MANY: tl.constexpr = 8 if R == 1 else 4
     part, high, low = found
     for i in range(m):
         for k in range(0, H*HD, BC):
@@ -701,8 +701,9 @@ def _tile_rows(N: int, words: int) -> int: # rows; of 32-bit words
     return min((b for b in (16, 8, 4) if least <= b <= max(most, least)), key=lambda b: (triton.cdiv(triton.cdiv(N, b), NOMINAL)*(b + 2048/words), -b))
 
 def _columns(K: int, bits: int, rows: int, tile: int) -> tuple[int, int]: # words (numbers for `_rows`) a step along a row; slices of `_rows`
-    """One to four times four words a thread, so many that the least is left empty in the last step, the larger of equals"""
-    if rows > 1: return (128*bits//32, 8) if bits < 16 else (min(128, triton.next_power_of_2(triton.cdiv(K, 8))), 8)
+    """One to four times four words a thread, so many that the least is left empty in the last step, the larger of equals; where rows are short, four words for each
+    thread of a warp. With several rows a slice is a block of packed weights, or up to 128 columns, where a step more costs as much as 40 columns more"""
+    if rows > 1: return 128*bits//32 if bits < 16 else min((n//bits for n in (2048, 1024, 512)), key=lambda b: triton.cdiv(K, 8*b)*(b + 40)), 8
     words = K*bits//32
     sizes = (4096, 2048, 1024) if words > 1024 else (128*max(tile, 8),)
     return min((min(n//tile, triton.next_power_of_2(words)) for n in sizes), key=lambda b: (triton.cdiv(words, b)*b, -b)), 1
@@ -720,7 +721,7 @@ def _constants(shape: Shape, bits: int, head_bits: int, rows: int, splits: int, 
         tile = _tile_rows(N, K*b//32) if R == 1 else 16
         cuts[name] = Cut(N, K, b, tile, *_columns(K, b, R, tile))
     return dict(zip(("QKV", "O", "GU", "DOWN", "HEAD"), cuts.values())) | dict(
-        A=s, SAMPLE=sample, R=R, ROWS=ROWS, OWN=_own(s), SPLITS=splits, BC=_divisor(s.heads*s.head_dim, 1024), BE=_divisor(s.hidden, 1024 if R == 1 else 512),
+        A=s, SAMPLE=sample, R=R, ROWS=ROWS, OWN=_own(s), SPLITS=splits, BC=_divisor(s.heads*s.head_dim, 1024), BE=_divisor(s.hidden, 1024 if R == 1 else 256),
         BG=triton.next_power_of_2(s.heads//s.kv_heads), BT=min(max(triton.next_power_of_2(s.max_len)//64, 16), 64), BP=max(2, triton.next_power_of_2(programs)),
         AHEAD=ahead, REVERSE=reverse)
 

@@ -49,7 +49,7 @@ def check_barrier(c):
 
 @pytest.mark.parametrize('model, kind, sm, sample', FORMS)
 def test_rows_at_once(model, kind, sm, sample):
-    "Sixteen rows: tensor cores, the same barrier, no register spilled, and fewer instructions a weight than a single row takes"
+    "Sixteen rows: tensor cores, the same barrier, no register spilled, and no more instructions a weight than a single row may take"
     c, case = compiled(model, kind, 16, sm, sample)
     cost = weight_costs(c, case)
     print(f'{c.label}: {c.registers} registers, {c.shared} bytes shared, instructions a weight:', *(f'{name} {n:.2f}' for name, n in cost.items()))

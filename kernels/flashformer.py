@@ -203,18 +203,14 @@ def _step(acc, w, scales, x, r, k, one, M: tl.constexpr, FULL: tl.constexpr):
     j = tl.arange(0, BK)[None, :]
     column = j//WORDS*(WORDS*PARTS) + j % WORDS + 0*r                             # (BN, BK)
     ok = (k + j < COUNT) & (r >= 0)
-    if FULL: word = tl.load(w + (r*COUNT + k + j), eviction_policy="evict_first")
-    else: word = tl.load(w + (r*COUNT + k + j), mask=ok, other=0, eviction_policy="evict_first")
+    if FULL: ok = tl.full((BN, BK), 1, tl.int1)                                   # the compiler leaves such a mask out
+    word = tl.load(w + (r*COUNT + k + j), mask=ok, other=0, eviction_policy="evict_first")
     part = tl.zeros((BN, BK), tl.float32) if BITS == 4 else acc                   # 4 bits have a scale for each block of columns
     for i in tl.static_range(PARTS):
-        if FULL: xk = tl.load(x + (k*PARTS + column + i*WORDS))
-        else: xk = tl.load(x + (k*PARTS + column + i*WORDS), mask=ok, other=0.)
-        part += _part(word, i, one, BITS, HALF)*xk
+        part += _part(word, i, one, BITS, HALF)*tl.load(x + (k*PARTS + column + i*WORDS), mask=ok, other=0.)
     if BITS == 4:
         at = r*(M.K//128) + (k//WORDS + j//WORDS)
-        if FULL: scale = tl.load(scales + at)
-        else: scale = tl.load(scales + at, mask=ok, other=0.)
-        return acc + part*scale.to(tl.float32)
+        return acc + part*tl.load(scales + at, mask=ok, other=0.).to(tl.float32)
     else: return part
 
 @triton.jit

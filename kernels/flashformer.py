@@ -258,46 +258,41 @@ def _put(to, w, i, c, y, ok, M: tl.constexpr, R: tl.constexpr):
         tl.store(to + R*M.K + i*M.K + c, low, mask=ok)
 
 @triton.jit
-def _times(q, x, at, ok, acc, M: tl.constexpr, R: tl.constexpr):
-    "acc + q (S, BN, BK) times columns `at` (S, BK) of R rows as `_put` lays them out"
+def _times(q, x, k, at, ok, acc, M: tl.constexpr, R: tl.constexpr):
+    "acc + q (S, BN, BK) times columns k + `at` (S, BK) of R rows as `_put` lays them out"
     T: tl.constexpr = q.dtype
-    x = x.to(tl.pointer_type(T)) + tl.arange(0, R)[None, None, :]*M.K + at[:, :, None]
+    x = x.to(tl.pointer_type(T)) + k + (tl.arange(0, R)[None, None, :]*M.K + at[:, :, None])
     acc = _multiply(q, tl.load(x, mask=ok[:, :, None], other=0.), acc)
     if T == tl.float32: return acc
     else: return _multiply(q, tl.load(x + R*M.K, mask=ok[:, :, None], other=0.), acc)
 
 @triton.jit
-def _slices(acc, w, scales, x, r, k, M: tl.constexpr, R: tl.constexpr, FULL: tl.constexpr):
-    "acc (S, BN, R) + what S slices of BK numbers or words, from k on, of rows r add, or as many as there are"
+def _rows(w, scales, x, r, M: tl.constexpr, R: tl.constexpr):
+    """Rows r of a matrix (N, K) times R rows of x as `_put` lays them out: (BN, R), by tensor cores. The columns are dealt to S slices, so that all warps multiply; of packed
+    weights a slice is a block of 128. What changes from step to step is one number, k: so addresses are made once"""
     S: tl.constexpr = M.S
     BN: tl.constexpr = M.BN
     BK: tl.constexpr = M.BK
     BITS: tl.constexpr = M.bits
-    s, j, row = tl.arange(0, S), tl.arange(0, BK), r[None, :, None]
-    at = k + s[:, None]*BK + j[None, :]                                           # (S, BK)
-    ok = at < M.width
-    if FULL: ok = tl.full((S, BK), 1, tl.int1)
-    word = tl.load(w + (row*M.width + at[:, None, :]), mask=ok[:, None, :], other=0, eviction_policy="evict_first")
-    if BITS >= 16: return _times(word, x, at, ok, acc, M, R)
-    else:
-        block, part = k//BK + s[:, None], tl.zeros((S, BN, R), tl.float32)        # a slice is a block of 128 columns
-        q = _numbers(word, BITS)
-        for n in tl.static_range(32//BITS): part = _times(q[n], x, block*128 + n*BK + j[None, :], ok, part, M, R)
-        if BITS == 4: part *= tl.load(scales + row*(M.K//128) + block[:, :, None], mask=(block < M.K//128)[:, :, None], other=0.).to(tl.float32)
-        return acc + part
-
-@triton.jit
-def _rows(w, scales, x, r, M: tl.constexpr, R: tl.constexpr):
-    "Rows r of a matrix (N, K) times R rows of x as `_put` lays them out: (BN, R), by tensor cores. The columns are dealt to S slices, so that all warps multiply"
-    S: tl.constexpr = M.S
-    BN: tl.constexpr = M.BN
-    STEP: tl.constexpr = S*M.BK
-    WHOLE: tl.constexpr = M.width//STEP*STEP
+    PARTS: tl.constexpr = 1 if BITS >= 16 else 32//BITS
+    FULL: tl.constexpr = M.width % (S*BK) == 0
+    s, j, row = tl.arange(0, S)[:, None], tl.arange(0, BK)[None, :], r[None, :, None]
+    at = s*BK + j                                                                 # (S, BK)
     acc = tl.zeros((S, BN, R), tl.float32)                                        # (slices, rows of the tile, rows of x)
-    for k in range(0, WHOLE, STEP): acc = _slices(acc, w, scales, x, r, k, M, R, True)
-    if WHOLE < M.width: acc = _slices(acc, w, scales, x, r, WHOLE, M, R, False)
+    for k in range(0, M.width, S*BK):
+        ok = k + at < M.width
+        if FULL: ok = tl.full((S, BK), 1, tl.int1)
+        word = tl.load(w + k + (row*M.width + at[:, None, :]), mask=ok[:, None, :], other=0, eviction_policy="evict_first")
+        if BITS >= 16: acc = _times(word, x, k, at, ok, acc, M, R)
+        else:
+            q, part = _numbers(word, BITS), tl.zeros((S, BN, R), tl.float32)
+            for n in tl.static_range(PARTS): part = _times(q[n], x, k*PARTS, s*128 + n*BK + j, ok, part, M, R)
+            if BITS == 4:
+                block = k//BK + s
+                part *= tl.load(scales + row*(M.K//128) + block[:, :, None], mask=((block < M.K//128) | FULL)[:, :, None], other=0.).to(tl.float32)
+            acc += part
     y = tl.sum(acc, 0)
-    if M.bits == 8: y *= tl.load(scales + r).to(tl.float32)[:, None]
+    if BITS == 8: y *= tl.load(scales + r).to(tl.float32)[:, None]
     return y
 
 @triton.jit
@@ -698,8 +693,8 @@ def _tile_rows(N: int, words: int) -> int: # rows; of 32-bit words
 
 def _columns(K: int, bits: int, rows: int, tile: int) -> tuple[int, int]: # words (numbers for `_rows`) a step along a row; slices of `_rows`
     """One to four times four words a thread, so many that the least is left empty in the last step, the larger of equals; where rows are short, four words for each
-    thread of a warp. With several rows a slice is a block of packed weights, or up to 128 columns, where a step more costs as much as 40 columns more"""
-    if rows > 1: return 128*bits//32 if bits < 16 else min((n//bits for n in (2048, 1024, 512)), key=lambda b: triton.cdiv(K, 8*b)*(b + 40)), 8
+    thread of a warp. With several rows a slice is a block of packed weights, or up to 256 bytes of a row of others"""
+    if rows > 1: return 128*bits//32 if bits < 16 else min(2048//bits, max(16, triton.next_power_of_2(triton.cdiv(K, 8)))), 8
     words = K*bits//32
     sizes = (4096, 2048, 1024) if words > 1024 else (128*max(tile, 8),)
     return min((min(n//tile, triton.next_power_of_2(words)) for n in sizes), key=lambda b: (triton.cdiv(words, b)*b, -b)), 1
@@ -933,7 +928,7 @@ def weight_costs(compiled, # `aot.Compiled` of …
     if set(names) != set(cuts) or len(names) != len(cuts): raise ValueError(f"{compiled.label}: a loop for each of {', '.join(cuts)} wanted, found {names}")
     def weights(name, loop): # a trip, a thread
         m = cuts[name]
-        if rows: return m.S*m.BK*m.BN/threads*(32//m.bits if m.bits < 16 else 1)
+        if rows: return m.BN*m.K/threads/triton.cdiv(m.width, m.S*m.BK)
         tile, size = m.BN*m.K*m.bits/8/threads, read(loop)                        # bytes; a loop may go over a row, or, where rows are short, over tiles
         if size < tile and tile % size and not m.K*m.bits//32 % m.BK: raise ValueError(f"{compiled.label}: the loop over {name} reads {size} bytes of {tile:g}")
         return min(size, tile)*8/m.bits

@@ -12,10 +12,10 @@ from rlcr_suite.kernels.flashformer import BUDGET, MODELS, NOMINAL, OPTIONS, Sha
 #: the dearest loop of each number of bits, rounded up to one decimal: within `BUDGET`, set after the numbers were seen, so that it does not get worse
 REACHED = {16: 3.5, 8: 4.2, 4: 4.0}
 #: and with sixteen rows a pass, likewise: what is written by itself with tensor cores, of four bits, costs 3.1 to 3.7
-ROWS_REACHED = {16: 2.2, 8: 3.9, 4: 3.7}
+ROWS_REACHED = {16: 2.6, 8: 3.9, 4: 3.7}
 FAST = [('Llama-3.2-1B', 'bf16'), ('Llama-3.2-1B', 'int8'), ('Qwen2.5-1.5B', 'bf16'), ('Llama-3.1-8B', 'bf16'), ('Llama-3.1-8B', 'int8'), ('Llama-3.1-8B', 'int4-g128')] # all that carry a bar, and 1B int8
-# the other forms: rows at once, of 8 bits too (the head of the models of four), drawn tokens, norms of queries and keys, a B200, float16 on an A100
-FORMS = [('Llama-3.1-8B', 'bf16', 90, False), ('Qwen3-8B', 'int4-g128', 90, True), ('Llama-3.1-8B', 'int4-g128', 100, False), ('Qwen3-8B', 'fp16', 80, False)]
+# the other forms: rows at once, of 8 bits too (the head of the models of four), drawn tokens, norms of queries and keys, a last step that is not full, a B200, float16 on an A100
+FORMS = [('Llama-3.1-8B', 'bf16', 90, False), ('Qwen2.5-1.5B', 'bf16', 90, False), ('Qwen3-8B', 'int4-g128', 90, True), ('Llama-3.1-8B', 'int4-g128', 100, False), ('Qwen3-8B', 'fp16', 80, False)]
 
 def compiled(model, kind, rows=1, sm=90, sample=False):
     "Machine code, and the case that it was made of"

@@ -54,6 +54,10 @@ class Cut:
     S: int # slices a step, each of BK columns or words, in the form for several rows; 1 in that for one
 
     @property
+    def short(self) -> bool: # rows of so few words that a warp takes a whole one, and all its steps are written out
+        return self.K*self.bits//32 <= 1024
+
+    @property
     def width(self) -> int: # elements a row, as it is stored
         return self.K if self.bits >= 16 else self.K*self.bits//32
 
@@ -96,7 +100,7 @@ class Buffers(NamedTuple):
     high: torch.Tensor # (ROWS, H, splits) fp32 largest logit
     low: torch.Tensor # (ROWS, H, splits) fp32 sum of exponentials
     own: torch.Tensor # (programs, …) fp32: what a program keeps to itself
-    act: torch.Tensor # (ROWS, F) fp32
+    act: torch.Tensor # (ROWS, F) fp32, or of several rows two halves of half the size
     best: torch.Tensor # (programs, ROWS) fp32 best logit that a program has seen
     best_id: torch.Tensor # (programs, ROWS) int32 whose it is
     picked: torch.Tensor # (ROWS,) int32 successors of rows that were fed at once
@@ -116,23 +120,23 @@ _NONE = tl.constexpr(2**31 - 1) # no token
 def _multiply(a, b, acc):
     "acc + a b. The interpreter multiplies bfloat16 as the integers they are stored in: widen them there, which is exact"
     if _INTERPRETED: return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    else: return tl.dot(a, b, acc)
+    else: return tl.dot(a, b, acc, input_precision="ieee")
 
 @triton.jit
-def _halves(x, like):
-    "x in fp32 as the sum of two numbers of a narrow type, which loses 2^-17 of it at most for bfloat16"
-    high = x.to(like.dtype)
-    return high, (x - high.to(tl.float32)).to(like.dtype)
+def _halves(x, T: tl.constexpr):
+    "x in fp32 as the sum of two numbers of a narrow type T, which loses 2^-17 of it at most for bfloat16"
+    high = x.to(T)
+    return high, (x - high.to(tl.float32)).to(T)
 
 @triton.jit
 def _dot(a, b, acc):
     "acc + a b in fp32. Where one of the two is narrow the other goes in as two halves: what is stored narrow is multiplied by tensor cores as it is"
     if a.dtype == b.dtype: return tl.dot(a, b, acc, input_precision="ieee")
     elif a.dtype == tl.float32:
-        high, low = _halves(a, b)
+        high, low = _halves(a, b.dtype)
         return _multiply(low, b, _multiply(high, b, acc))
     else:
-        high, low = _halves(b, a)
+        high, low = _halves(b, a.dtype)
         return _multiply(a, low, _multiply(a, high, acc))
 
 @triton.jit
@@ -150,6 +154,33 @@ def _part(word, i: tl.constexpr, one, BITS: tl.constexpr, HALF: tl.constexpr):
         if SHIFT > 0: word = word << SHIFT
         elif SHIFT < 0: word = word >> -SHIFT
         return ((word & (((1 << BITS) - 1) << (23 - BITS))) | one).to(tl.float32, bitcast=True)
+
+def _pairs(bits: int) -> str: # PTX
+    """Two neighbouring words of 32 bits -> for each of their parts, q as two bfloat16 in a register. Seven bits are the mantissa of 128 + u; of eight, the highest, turned,
+    is the last of the exponent of what is to be subtracted: 128 where it is set, 256 where it is not"""
+    parts, lines = 32//bits, []
+    for i in range(parts):
+        if bits == 4:
+            word = ("low", "high")[i//4]                                          # both words' lower or upper halves
+            lines += [f"shr.b32 part, {word}, {4*(i % 4)};", "lop3.b32 part, part, 0x000F000F, base, 0xEA;", f"fma.rn.bf16x2 ${i}, part, unit, less;"]
+        else:
+            lines += [f"prmt.b32 part, $4, $5, {0x4400 + 0x1111*i};", "lop3.b32 less, part, 0x00800080, minus, 0xAE;",
+                      "lop3.b32 part, part, 0x007F007F, base, 0xEA;", f"fma.rn.bf16x2 ${i}, part, unit, less;"]
+    first = ["prmt.b32 low, $8, $9, 0x5410;", "prmt.b32 high, $8, $9, 0x7632;", "mov.b32 less, 0xC308C308;"] if bits == 4 else ["mov.b32 minus, 0xC300C300;"] # less: -136
+    return "\n".join(["{", ".reg .b32 low, high, part, base, unit, less, minus;", "mov.b32 base, 0x43004300;", "mov.b32 unit, 0x3F803F80;", *first, *lines, "}"])
+
+_EIGHT, _EIGHT_REGISTERS = tl.constexpr(_pairs(8)), tl.constexpr("=&r,"*4 + "r,r")
+_FOUR, _FOUR_REGISTERS = tl.constexpr(_pairs(4)), tl.constexpr("=&r,"*8 + "r,r")
+
+@triton.jit
+def _numbers(word, BITS: tl.constexpr):
+    "All parts q of 32-bit words, as bfloat16, exactly: two of them an instruction, where a tensor core wants them"
+    if _INTERPRETED:
+        q = ()
+        for i in tl.static_range(32//BITS): q += ((((word >> BITS*i) & ((1 << BITS) - 1)) - (1 << (BITS - 1))).to(tl.float32).to(tl.bfloat16),)
+        return q
+    elif BITS == 8: return tl.inline_asm_elementwise(_EIGHT, _EIGHT_REGISTERS, [word], dtype=(tl.bfloat16,)*4, is_pure=True, pack=2)
+    else: return tl.inline_asm_elementwise(_FOUR, _FOUR_REGISTERS, [word], dtype=(tl.bfloat16,)*8, is_pure=True, pack=2)
 
 @triton.jit
 def _place(c, BITS: tl.constexpr, BK: tl.constexpr):
@@ -172,26 +203,22 @@ def _step(acc, w, scales, x, r, k, one, M: tl.constexpr, FULL: tl.constexpr):
     j = tl.arange(0, BK)[None, :]
     column = j//WORDS*(WORDS*PARTS) + j % WORDS + 0*r                             # (BN, BK)
     ok = (k + j < COUNT) & (r >= 0)
-    if FULL: word = tl.load(w + r.to(tl.int64)*COUNT + (k + j), eviction_policy="evict_first")
-    else: word = tl.load(w + r.to(tl.int64)*COUNT + (k + j), mask=ok, other=0, eviction_policy="evict_first")
+    if FULL: ok = tl.full((BN, BK), 1, tl.int1)                                   # the compiler leaves such a mask out
+    word = tl.load(w + (r*COUNT + k + j), mask=ok, other=0, eviction_policy="evict_first")
     part = tl.zeros((BN, BK), tl.float32) if BITS == 4 else acc                   # 4 bits have a scale for each block of columns
     for i in tl.static_range(PARTS):
-        if FULL: xk = tl.load(x + (k*PARTS + column + i*WORDS))
-        else: xk = tl.load(x + (k*PARTS + column + i*WORDS), mask=ok, other=0.)
-        part += _part(word, i, one, BITS, HALF)*xk
+        part += _part(word, i, one, BITS, HALF)*tl.load(x + (k*PARTS + column + i*WORDS), mask=ok, other=0.)
     if BITS == 4:
-        at = r.to(tl.int64)*(M.K//128) + (k//WORDS + j//WORDS)
-        if FULL: scale = tl.load(scales + at)
-        else: scale = tl.load(scales + at, mask=ok, other=0.)
-        return acc + part*scale.to(tl.float32)
+        at = r*(M.K//128) + (k//WORDS + j//WORDS)
+        return acc + part*tl.load(scales + at, mask=ok, other=0.).to(tl.float32)
     else: return part
 
 @triton.jit
 def _one_row(w, scales, x, sums, r, one, M: tl.constexpr):
     """Rows r of a matrix (N, K), read as 32-bit words, times x (K,) as `_place` lays it out: (BN, 1). By fused multiply-adds; the sum over threads comes last.
     A thread reads four words of a row, and four numbers of x for each of their parts. x is read once for every row of the tile: so it is born in the layout of
-    the weights, and the assembler keeps one load for all rows; read as a vector it would change threads through shared memory at every step. sums: of x, for
-    quantised weights, as `_sums` makes them"""
+    the weights, and the assembler keeps one load for all rows; read as a vector it would change threads through shared memory at every step. sums: for quantised
+    weights, as `_sums` makes them"""
     BITS: tl.constexpr = M.bits
     K: tl.constexpr = M.K
     BN: tl.constexpr = M.BN
@@ -200,98 +227,111 @@ def _one_row(w, scales, x, sums, r, one, M: tl.constexpr):
     WHOLE: tl.constexpr = COUNT//BK*BK                                            # words in steps that are full; only the last may not be
     r = r[:, None]
     acc = tl.zeros((BN, BK), tl.float32)
-    for k in range(0, WHOLE, BK): acc = _step(acc, w, scales, x, r, k, one, M, True)
+    if M.short:
+        for k in tl.static_range(0, WHOLE, BK): acc = _step(acc, w, scales, x, r, k, one, M, True)
+    else:
+        for k in range(0, WHOLE, BK): acc = _step(acc, w, scales, x, r, k, one, M, True)
     if WHOLE < COUNT: acc = _step(acc, w, scales, x, r, WHOLE, one, M, False)
     y = tl.sum(acc, 1)
-    if BITS == 8: y = (y - 1.5*tl.load(sums))*(1 << BITS)                         # what every part has too much: the same for all rows,
+    if BITS == 8: y = y*(1 << BITS) - tl.load(sums)                               # less what every part has too much: the same for all rows,
     if BITS == 4:                                                                 # or with a scale block by block
         BLOCKS: tl.constexpr = triton.next_power_of_2(K//128)
         b = tl.arange(0, BLOCKS)[None, :]
         ok = (b < K//128) & (r >= 0)
-        total = tl.load(sums + b + 0*r, mask=ok, other=0.)*tl.load(scales + r.to(tl.int64)*(K//128) + b, mask=ok, other=0.).to(tl.float32)
-        y = (y - 1.5*tl.sum(total, 1))*(1 << BITS)
+        total = tl.load(sums + b + 0*r, mask=ok, other=0.)*tl.load(scales + r*(K//128) + b, mask=ok, other=0.).to(tl.float32)
+        y = y*(1 << BITS) - tl.sum(total, 1)
     y = y[:, None]
     if BITS == 8: y *= tl.load(scales + r).to(tl.float32)
     return y
 
 @triton.jit
-def _units(x, m, K: tl.constexpr, eps, R: tl.constexpr, BE: tl.constexpr):
-    "1 over the root mean square of each of m <= R rows of x (R, K): (R,)"
-    WIDE: tl.constexpr = BE if BE < 256 else 256
-    i, squares = tl.arange(0, R), tl.zeros((R, WIDE), tl.float32)
-    for k in range(0, K, WIDE):
-        xk = tl.load(x + i[:, None]*K + (k + tl.arange(0, WIDE))[None, :], mask=(i < m)[:, None], other=0.)
-        squares += xk*xk
-    return tl.rsqrt(tl.sum(squares, 1)/K + eps)
+def _put(to, w, i, c, y, ok, M: tl.constexpr, R: tl.constexpr):
+    """Numbers c of row i of the activations that meet a matrix w, where a product looks for them: one row as `_place` lays it out; of R rows the two halves, each (R, K), in
+    the type that tensor cores multiply w in. What is made narrow here is made so once, not for every tile"""
+    T: tl.constexpr = tl.bfloat16 if M.bits < 16 else w.dtype.element_ty
+    if R == 1: tl.store(to + _place(c, M.bits, M.BK), y, mask=ok)
+    elif T == tl.float32: tl.store(to + i*M.K + c, y, mask=ok)
+    else:
+        high, low = _halves(y, T)
+        to = to.to(tl.pointer_type(T))
+        tl.store(to + i*M.K + c, high, mask=ok)
+        tl.store(to + R*M.K + i*M.K + c, low, mask=ok)
 
 @triton.jit
-def _rows(w, scales, x, gain, unit, r, m, one, M: tl.constexpr, eps, NORM: tl.constexpr, R: tl.constexpr):
-    """Rows r of a matrix (N, K) times m <= R rows of x (R, K): (BN, R), by tensor cores. The columns are dealt to S slices, so that all warps multiply. The norm is
-    applied to the sum; but float16 might not hold a stream that is not normed yet, so there each row of x is first multiplied by its `unit` (R,)"""
-    BITS: tl.constexpr = M.bits
-    K: tl.constexpr = M.K
+def _times(q, x, k, at, ok, acc, M: tl.constexpr, R: tl.constexpr):
+    "acc + q (S, BN, BK) times columns k + `at` (S, BK) of R rows as `_put` lays them out"
+    T: tl.constexpr = q.dtype
+    x = x.to(tl.pointer_type(T)) + k + (tl.arange(0, R)[None, None, :]*M.K + at[:, :, None])
+    acc = _multiply(q, tl.load(x, mask=ok[:, :, None], other=0.), acc)
+    if T == tl.float32: return acc
+    else: return _multiply(q, tl.load(x + R*M.K, mask=ok[:, :, None], other=0.), acc)
+
+@triton.jit
+def _rows(w, scales, x, r, M: tl.constexpr, R: tl.constexpr):
+    """Rows r of a matrix (N, K) times R rows of x as `_put` lays them out: (BN, R), by tensor cores. The columns are dealt to S slices, so that all warps multiply; of packed
+    weights a slice is a block of 128. What changes from step to step is one number, k: so addresses are made once"""
+    S: tl.constexpr = M.S
     BN: tl.constexpr = M.BN
     BK: tl.constexpr = M.BK
-    S: tl.constexpr = M.S
-    FIRST: tl.constexpr = NORM and w.dtype.element_ty == tl.float16
-    s, j, i = tl.arange(0, S), tl.arange(0, BK), tl.arange(0, R)
-    row = r.to(tl.int64)[None, :, None]
-    live = (i < m)[None, None, :]
-    acc = tl.zeros((S, BN, R), tl.float32)                                      # (slices, rows of the tile, rows of x)
-    squares = tl.zeros((S, BK, R), tl.float32)
-    if BITS >= 16:
-        for k in range(0, K, S*BK):
-            at = k + s[:, None]*BK + j[None, :]                                   # (S, BK) columns
-            ok = at < K
-            xk = tl.load(x + i[None, None, :]*K + at[:, :, None], mask=live & ok[:, :, None], other=0.) # (S, BK, R)
-            if FIRST: xk *= unit[None, None, :]
-            elif NORM: squares += xk*xk
-            if NORM: xk *= tl.load(gain + at, mask=ok, other=0.).to(tl.float32)[:, :, None]
-            acc = _dot(tl.load(w + row*K + at[:, None, :], mask=ok[:, None, :], other=0., eviction_policy="evict_first"), xk, acc)
-    else:
-        PARTS: tl.constexpr = 32//BITS
-        WORDS: tl.constexpr = 128//PARTS
-        for k in range(0, K//PARTS, S*BK):
-            block = k//BK + s                                                     # (S,); BK is WORDS: a slice is one block
-            at = block[:, None]*BK + j[None, :]
-            ok = at < K//PARTS
-            word = tl.load(w + row*(K//PARTS) + at[:, None, :], mask=ok[:, None, :], other=0, eviction_policy="evict_first")
-            part = tl.zeros((S, BN, R), tl.float32)
-            for n in tl.static_range(PARTS):
-                column = block[:, None]*128 + n*WORDS + j[None, :]
-                xk = tl.load(x + i[None, None, :]*K + column[:, :, None], mask=live & ok[:, :, None], other=0.)
-                if NORM:
-                    squares += xk*xk
-                    xk *= tl.load(gain + column, mask=ok, other=0.).to(tl.float32)[:, :, None]
-                q = (_part(word, n, one, BITS, False) - 1.5)*(1 << BITS)
-                part = _dot(q.to(tl.bfloat16), xk, part)                     # small integers: exact
-            if BITS == 4: part *= tl.load(scales + row*(K//128) + block[:, None, None], mask=(block < K//128)[:, None, None], other=0.).to(tl.float32)
+    BITS: tl.constexpr = M.bits
+    PARTS: tl.constexpr = 1 if BITS >= 16 else 32//BITS
+    FULL: tl.constexpr = M.width % (S*BK) == 0
+    s, j, row = tl.arange(0, S)[:, None], tl.arange(0, BK)[None, :], r[None, :, None]
+    at = s*BK + j                                                                 # (S, BK)
+    acc = tl.zeros((S, BN, R), tl.float32)                                        # (slices, rows of the tile, rows of x)
+    for k in range(0, M.width, S*BK):
+        ok = k + at < M.width
+        if FULL: ok = tl.full((S, BK), 1, tl.int1)
+        word = tl.load(w + k + (row*M.width + at[:, None, :]), mask=ok[:, None, :], other=0, eviction_policy="evict_first")
+        if BITS >= 16: acc = _times(word, x, k, at, ok, acc, M, R)
+        else:
+            q, part = _numbers(word, BITS), tl.zeros((S, BN, R), tl.float32)
+            for n in tl.static_range(PARTS): part = _times(q[n], x, k*PARTS, s*128 + n*BK + j, ok, part, M, R)
+            if BITS == 4:
+                block = k//BK + s
+                part *= tl.load(scales + row*(M.K//128) + block[:, :, None], mask=((block < M.K//128) | FULL)[:, :, None], other=0.).to(tl.float32)
             acc += part
     y = tl.sum(acc, 0)
     if BITS == 8: y *= tl.load(scales + r).to(tl.float32)[:, None]
-    if NORM and not FIRST: y *= tl.rsqrt(tl.sum(tl.sum(squares, 0), 0)/K + eps)[None, :]
     return y
 
 @triton.jit
-def _product(matrix, x, sums, gain, unit, r, m, one, M: tl.constexpr, eps, NORM: tl.constexpr, R: tl.constexpr):
-    "Rows r of a matrix times one row of activations, normed already, or times up to R, with the norm: (BN, R)"
+def _product(matrix, x, sums, r, one, M: tl.constexpr, R: tl.constexpr):
+    "Rows r of a matrix times one row of activations, or times R: (BN, R)"
     w, scales = matrix
     if R == 1: return _one_row(w, scales, x, sums, r, one, M)
-    else: return _rows(w, scales, x, gain, unit, r, m, one, M, eps, NORM, R)
+    else: return _rows(w, scales, x, r, M, R)
+
+@triton.jit
+def _from(matrix, row, M: tl.constexpr):
+    "A matrix and its scales from a row on. Within a tile, offsets fit in 32 bits"
+    PER_ROW: tl.constexpr = M.K//128 if M.bits == 4 else 1
+    w, scales = matrix
+    return w + tl.cast(row, tl.int64)*M.width, scales + tl.cast(row, tl.int64)*PER_ROW
 
 @triton.jit
 def _layer(w, scales, l, M: tl.constexpr):
     "Layer l of a stack: the matrix and its scales"
-    PER_ROW: tl.constexpr = M.K//128 if M.bits == 4 else 1
-    l = l.to(tl.int64)
-    return w + l*(M.N*M.width), scales + l*(M.N*PER_ROW)
+    return _from((w, scales), l.to(tl.int64)*M.N, M)
+
+@triton.jit
+def _there(r, first, N: tl.constexpr, BN: tl.constexpr):
+    "Rows r of a tile of BN that begins with `first`, the last of N in place of those beyond it: nothing to do where tiles come out even"
+    if N % BN: return tl.minimum(r, N - 1 - first)
+    else: return r
+
+@triton.jit
+def _within(r, N: tl.constexpr, BN: tl.constexpr):
+    "Which rows r of a tile are rows of the matrix"
+    if N % BN: return r < N
+    else: return tl.full(r.shape, 1, tl.int1)
 
 @triton.jit
 def _ahead(w, first, N: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr):
     "Prefetch the tile of BN rows, of N, that begins with `first`, if there is one"
     BYTES: tl.constexpr = M.K*M.bits//8                                           # a row
     if AHEAD:
-        if first < N: prefetch(w + first.to(tl.int64)*M.width, tl.minimum(N - first, BN)*BYTES)
+        if first < N: prefetch(w + first.to(tl.int64)*M.width, (_there(BN - 1, first, N, BN) + 1)*BYTES)
 
 @triton.jit
 def _ahead_pair(w, first, M: tl.constexpr, AHEAD: tl.constexpr):
@@ -303,41 +343,34 @@ def _ahead_pair(w, first, M: tl.constexpr, AHEAD: tl.constexpr):
 # ------------------------------------------------------------------------------------------- activations, as a product wants them
 
 @triton.jit
-def _norm(x, gain, to, M: tl.constexpr, eps, BE: tl.constexpr):
-    "RMS norm of x (K,) into this program's own memory, laid out for `_one_row`"
-    squares = tl.zeros((BE,), tl.float32)
+def _norm(x, gain, to, w, m, M: tl.constexpr, eps, R: tl.constexpr, BE: tl.constexpr):
+    "RMS norm of m <= R rows of x (R, K) into this program's own memory, as a product with w wants it"
+    i = tl.arange(0, R)[:, None]
+    squares = tl.zeros((R, BE), tl.float32)
     for k in range(0, M.K, BE):
-        xk = tl.load(x + k + tl.arange(0, BE))
+        xk = tl.load(x + i*M.K + (k + tl.arange(0, BE))[None, :], mask=i < m, other=0.)
         squares += xk*xk
-    unit = tl.rsqrt(tl.sum(squares, 0)/M.K + eps)
+    unit = tl.rsqrt(tl.sum(squares, 1)/M.K + eps)[:, None]
     for k in range(0, M.K, BE):
-        c = k + tl.arange(0, BE)
-        tl.store(to + _place(c, M.bits, M.BK), tl.load(x + c)*unit*tl.load(gain + c).to(tl.float32))
+        c = k + tl.arange(0, BE)[None, :]
+        xk = tl.load(x + i*M.K + c, mask=i < m, other=0.)
+        _put(to, w, i, c, xk*unit*tl.load(gain + c).to(tl.float32), i < m, M, R)
     tl.debug_barrier()                                                            # other threads of this program read it
 
 @triton.jit
 def _sums(x, to, M: tl.constexpr):
-    "Sums of x (K,) for quantised weights: of each block of 128 for 4 bits, to (K/128,); of all of it for 8, to (1,)"
+    """For quantised weights, what the 1.5 in every `_part` adds to a product with x (K,): in each block of 128 for 4 bits, to (K/128,); in all of it for 8, to (1,)"""
     if M.bits < 16:
+        EXCESS: tl.constexpr = 1.5*(1 << M.bits)
         total = tl.zeros((16,), tl.float32)
         for first in range(0, M.K//128, 16):
             b = first + tl.arange(0, 16)
             ok = b < M.K//128
             block = tl.sum(tl.load(x + b[:, None]*128 + tl.arange(0, 128)[None, :], mask=ok[:, None], other=0.), 1)
-            if M.bits == 4: tl.store(to + b, block, mask=ok)
+            if M.bits == 4: tl.store(to + b, EXCESS*block, mask=ok)
             else: total += block
-        if M.bits == 8: tl.store(to, tl.sum(total, 0))
+        if M.bits == 8: tl.store(to, EXCESS*tl.sum(total, 0))
         tl.debug_barrier()
-
-@triton.jit
-def _normed(x, gain, to, sums, m, M: tl.constexpr, eps, FP16: tl.constexpr, R: tl.constexpr, BE: tl.constexpr):
-    "Where a product with a norm finds its activations: one row normed already, in this program's own memory; several as they are. And 1 over their sizes, if it asks for them"
-    if R == 1:
-        _norm(x, gain, to, M, eps, BE)
-        _sums(to, sums, M)
-        return to, 1.
-    elif FP16: return x, _units(x, m, M.K, eps, R, BE)
-    else: return x, 1.
 
 # ---------------------------------------------------------------------------------------------------------------------- attention
 
@@ -426,10 +459,10 @@ def _parts(p, SPLITS: tl.constexpr, BT: tl.constexpr):
     return per, tl.maximum(tl.cdiv(p, per), 1)
 
 @triton.jit
-def _combine(found, to, m, splits, H: tl.constexpr, HD: tl.constexpr, M: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr, BC: tl.constexpr):
-    """One softmax from the splits: to (m, H HD), a single row laid out for `_one_row`. Eight splits at a time, whose loads wait for nothing but memory: one
-    after the other, each would wait for what the last one made of the maximum"""
-    MANY: tl.constexpr = 8
+def _combine(found, to, w, m, splits, H: tl.constexpr, HD: tl.constexpr, M: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr, BC: tl.constexpr):
+    """One softmax from the splits: m rows of H HD, as a product with w wants them. Eight splits at a time, whose loads wait for nothing but memory: one after the other,
+    each would wait for what the last one made of the maximum. Four in the form for several rows, where registers are few"""
+    MANY: tl.constexpr = 8 if R == 1 else 4
     part, high, low = found
     for i in range(m):
         for k in range(0, H*HD, BC):
@@ -446,7 +479,7 @@ def _combine(found, to, m, splits, H: tl.constexpr, HD: tl.constexpr, M: tl.cons
                     a = tl.exp2(tl.load(high + at, mask=ok, other=float("-inf")) - joint)
                     acc += tl.load(part + at*HD + c % HD, mask=ok, other=0.)*a
                     below += tl.load(low + at, mask=ok, other=0.)*a
-            tl.store(to + i*(H*HD) + (_place(c, M.bits, M.BK) if R == 1 else c), acc/below)
+            _put(to, w, i, c, acc/below, c >= 0, M, R)
     tl.debug_barrier()
 
 # ---------------------------------------------------------------------------------------------------------------- choosing a token
@@ -471,19 +504,19 @@ def _pick(best, best_id, row, programs, ROWS: tl.constexpr, BP: tl.constexpr, V:
 # Each takes the tiles that are this program's: pid, pid + programs, …
 
 @triton.jit
-def _tile(grid, tile, matrix, x, sums, gain, unit, m, one, M: tl.constexpr, eps, NORM: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
+def _tile(grid, tile, matrix, x, sums, one, M: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
     "The rows of a tile, beyond the last too, and what they are times x: (BN,), (BN, R). Asks for the next tile first"
     _ahead(matrix[0], (tile + grid[1])*M.BN, M.N, M, M.BN, AHEAD)
-    r = tile*M.BN + tl.arange(0, M.BN)
-    return r, _product(matrix, x, sums, gain, unit, tl.minimum(r, M.N - 1), m, one, M, eps, NORM, R)
+    first, j = tile*M.BN, tl.arange(0, M.BN)
+    return first + j, _product(_from(matrix, first, M), x, sums, _there(j, first, M.N, M.BN), one, M, R)
 
 @triton.jit
-def _qkv_stage(grid, matrix, x, sums, gain, unit, bias, to, m, one, M: tl.constexpr, eps, BIAS: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
+def _qkv_stage(grid, matrix, x, sums, bias, to, m, one, M: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
     "to (R, N) = x W^T (+ b)"
     i = tl.arange(0, R)[None, :]
     for tile in range(grid[0], tl.cdiv(M.N, M.BN), grid[1]):
-        r, y = _tile(grid, tile, matrix, x, sums, gain, unit, m, one, M, eps, True, R, AHEAD)
-        ok = (r < M.N)[:, None]
+        r, y = _tile(grid, tile, matrix, x, sums, one, M, R, AHEAD)
+        ok = _within(r, M.N, M.BN)[:, None]
         if BIAS: y += tl.load(bias + r[:, None], mask=ok, other=0.).to(tl.float32)
         tl.store(to + i*M.N + r[:, None], y, mask=ok & (i < m))
 
@@ -496,39 +529,51 @@ def _attention_stage(grid, qkv, norms, cache, rotation, found, l, p, m, scale, A
         _attend(qkv, norms, cache, rotation, found, l, u//chunks//splits, u//chunks % splits, u % chunks, per, p, m, scale, A, SPLITS, BG, BT)
 
 @triton.jit
-def _add_stage(grid, matrix, x, sums, stream, h, m, one, M: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
-    "h (R, N) = stream + x W^T"
+def _add(r, y, stream, h, m, M: tl.constexpr, R: tl.constexpr):
+    "h (R, N) = stream + y (BN, R), at rows r of the matrix"
     i = tl.arange(0, R)[None, :]
-    for tile in range(grid[0], tl.cdiv(M.N, M.BN), grid[1]):
-        r, y = _tile(grid, tile, matrix, x, sums, h, 1., m, one, M, 0., False, R, AHEAD)
-        ok = (r < M.N)[:, None] & (i < m)
-        tl.store(h + i*M.N + r[:, None], y + tl.load(stream + i*M.N + r[:, None], mask=ok, other=0.), mask=ok)
+    ok = _within(r, M.N, M.BN)[:, None] & (i < m)
+    tl.store(h + i*M.N + r[:, None], y + tl.load(stream + i*M.N + r[:, None], mask=ok, other=0.), mask=ok)
 
 @triton.jit
-def _gate_up_stage(grid, matrix, x, sums, gain, unit, act, m, one, M: tl.constexpr, DOWN: tl.constexpr, eps, R: tl.constexpr, AHEAD: tl.constexpr):
-    "act (R, F) = silu(x Wg^T) * (x Wu^T), a single row laid out for the product with Wd. Of the rows (2 F) of the stack a tile takes gate and up in turn"
+def _output_stage(grid, matrix, x, sums, stream, h, m, one, M: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
+    "h (R, N) = stream + x Wo^T"
+    for tile in range(grid[0], tl.cdiv(M.N, M.BN), grid[1]):
+        r, y = _tile(grid, tile, matrix, x, sums, one, M, R, AHEAD)
+        _add(r, y, stream, h, m, M, R)
+
+@triton.jit
+def _down_stage(grid, matrix, x, sums, h, m, one, M: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
+    "h (R, N) += x Wd^T"
+    for tile in range(grid[0], tl.cdiv(M.N, M.BN), grid[1]):
+        r, y = _tile(grid, tile, matrix, x, sums, one, M, R, AHEAD)
+        _add(r, y, h, h, m, M, R)
+
+@triton.jit
+def _gate_up_stage(grid, matrix, x, sums, act, m, one, M: tl.constexpr, DOWN: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr):
+    "act (R, F) = silu(x Wg^T) * (x Wu^T), as the product with Wd wants it. Of the rows (2 F) of the stack a tile takes gate and up in turn"
     F: tl.constexpr = M.N//2
     HALF: tl.constexpr = M.BN//2
     i, j = tl.arange(0, R)[None, :], tl.arange(0, M.BN)
     for tile in range(grid[0], tl.cdiv(F, HALF), grid[1]):
         _ahead_pair(matrix[0], (tile + grid[1])*HALF, M, AHEAD)
-        y = _product(matrix, x, sums, gain, unit, tl.minimum(tile*HALF + j//2, F - 1) + (j % 2)*F, m, one, M, eps, True, R)
+        first = tile*HALF
+        y = _product(_from(matrix, first, M), x, sums, _there(j//2, first, F, HALF) + (j % 2)*F, one, M, R)
         gate, up = tl.split(tl.permute(tl.reshape(y, (HALF, 2, R)), (0, 2, 1)))
-        r = tile*HALF + tl.arange(0, HALF)
-        to = _place(r, DOWN.bits, DOWN.BK) if R == 1 else r
-        tl.store(act + i*F + to[:, None], gate*tl.sigmoid(gate)*up, mask=(r < F)[:, None] & (i < m))
+        r = first + tl.arange(0, HALF)
+        _put(act, matrix[0], i, r[:, None], gate*tl.sigmoid(gate)*up, _within(r, F, HALF)[:, None] & (i < m), DOWN, R)
 
 @triton.jit
-def _head_stage(grid, matrix, x, sums, gain, unit, best, best_id, p, m, inverse_temperature, seed, one, M: tl.constexpr, eps, SAMPLE: tl.constexpr,
+def _head_stage(grid, matrix, x, sums, best, best_id, p, inverse_temperature, seed, one, M: tl.constexpr, SAMPLE: tl.constexpr,
                 R: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr):
     "The best token that this program sees for each of the rows fed at places p, p + 1, …"
     BN: tl.constexpr = M.BN
     i = tl.arange(0, R)
     top, top_id = tl.full((BN, R), float("-inf"), tl.float32), tl.full((BN, R), _NONE, tl.int32)
     for tile in range(grid[0], tl.cdiv(M.N, M.BN), grid[1]):
-        r, y = _tile(grid, tile, matrix, x, sums, gain, unit, m, one, M, eps, True, R, AHEAD)
+        r, y = _tile(grid, tile, matrix, x, sums, one, M, R, AHEAD)
         if SAMPLE: y = y*inverse_temperature + _gumbel(seed, r[:, None] + 0*i[None, :], p + i[None, :])
-        better = (y > top) & (r < M.N)[:, None]
+        better = (y > top) & _within(r, M.N, BN)[:, None]
         top, top_id = tl.where(better, y, top), tl.where(better, r[:, None], top_id)
     most = tl.max(top, 0)
     tl.store(best + grid[0]*ROWS + i, most)
@@ -578,10 +623,9 @@ def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, 
     grid = (pid, programs)
     D: tl.constexpr = A.hidden
     eps: tl.constexpr = A.eps
-    FP16: tl.constexpr = emb.dtype.element_ty == tl.float16
     mine = own + pid*OWN                                                          # a private copy of the embedding's row (D,), …
-    x = mine + D                                                                  # … of activations as `_place` lays them out, or (ROWS, H HD) …
-    sums = x + max(2*D, ROWS*O.K)                                                 # … and of their sums
+    x = mine + D                                                                  # … of activations as `_put` lays them out …
+    sums = x + ROWS*max(D, O.K)                                                   # … and of their sums
     found = (part, high, low)
     for s in range(lo, hi):
         t = s//(5*A.layers + 1)
@@ -590,28 +634,31 @@ def _decode_kernel(tokens, emb, wqkv, sqkv, bqkv, qn, kn, wo, so, wgu, sgu, wd, 
         stage = u - l*5
         p = pos + t
         if u == 5*A.layers:
-            y, unit = _normed(h, nf, x, sums, m, HEAD, eps, FP16, R, BE)
-            _head_stage(grid, (head, shead), y, sums, nf, unit, best, best_id, p, m, inverse_temperature, seed, one, HEAD, eps, SAMPLE, R, ROWS, AHEAD)
+            _norm(h, nf, x, head, m, HEAD, eps, R, BE)
+            if R == 1: _sums(x, sums, HEAD)
+            _head_stage(grid, (head, shead), x, sums, best, best_id, p, inverse_temperature, seed, one, HEAD, SAMPLE, R, ROWS, AHEAD)
         elif stage == 0:
             if l == 0: _begin(grid, tokens, emb, mine, best, best_id, picked, p, t, m, A, R, ROWS, BE, BP)
             if t < n:
                 before = h
                 if (R == 1) & (l == 0): before = mine
-                y, unit = _normed(before, n1 + l*D, x, sums, m, QKV, eps, FP16, R, BE)
-                _qkv_stage(grid, _layer(wqkv, sqkv, l, QKV), y, sums, n1 + l*D, unit, bqkv + l*QKV.N, qkv, m, one, QKV, eps, A.qkv_bias, R, AHEAD)
+                _norm(before, n1 + l*D, x, wqkv, m, QKV, eps, R, BE)
+                if R == 1: _sums(x, sums, QKV)
+                _qkv_stage(grid, _layer(wqkv, sqkv, l, QKV), x, sums, bqkv + l*QKV.N, qkv, m, one, QKV, A.qkv_bias, R, AHEAD)
         elif stage == 1: _attention_stage(grid, qkv, (qn, kn), (keys, values), (cos, sin), found, l, p, m, scale, A, SPLITS, BG, BT)
         elif stage == 2:
-            _combine(found, x, m, _parts(p, SPLITS, BT)[1], A.heads, A.head_dim, O, SPLITS, R, BC)
+            _combine(found, x, wo, m, _parts(p, SPLITS, BT)[1], A.heads, A.head_dim, O, SPLITS, R, BC)
             if R == 1: _sums(x, sums, O)
             stream = h
             if (R == 1) & (l == 0): stream = mine
-            _add_stage(grid, _layer(wo, so, l, O), x, sums, stream, h, m, one, O, R, AHEAD)
+            _output_stage(grid, _layer(wo, so, l, O), x, sums, stream, h, m, one, O, R, AHEAD)
         elif stage == 3:
-            y, unit = _normed(h, n2 + l*D, x, sums, m, GU, eps, FP16, R, BE)
-            _gate_up_stage(grid, _layer(wgu, sgu, l, GU), y, sums, n2 + l*D, unit, act, m, one, GU, DOWN, eps, R, AHEAD)
+            _norm(h, n2 + l*D, x, wgu, m, GU, eps, R, BE)
+            if R == 1: _sums(x, sums, GU)
+            _gate_up_stage(grid, _layer(wgu, sgu, l, GU), x, sums, act, m, one, GU, DOWN, R, AHEAD)
         else:
             if R == 1: _sums(act, sums, DOWN)
-            _add_stage(grid, _layer(wd, sd, l, DOWN), act, sums, h, h, m, one, DOWN, R, AHEAD)
+            _down_stage(grid, _layer(wd, sd, l, DOWN), act, sums, h, m, one, DOWN, R, AHEAD)
         if s + 1 < hi:
             arrival = grid_arrive(barrier)
             if AHEAD: _next_matrix(pid, wqkv, wo, wgu, wd, head, 5 if u == 5*A.layers else stage, l, A, QKV, O, GU, DOWN, HEAD)
@@ -627,9 +674,9 @@ WARPS = 8 # a program: one program fills a multiprocessor
 #: of every launch, and of `aot_cases`. Also a launch of one stage is cooperative, so that one compilation serves both; fused multiply-adds do not hang on Triton's default
 OPTIONS = dict(num_warps=WARPS, num_stages=2, launch_cooperative_grid=True, enable_fp_fusion=True)
 
-def _own(s: Shape) -> int: # numbers that a program keeps to itself: a row of the embedding (D,), activations (2 D,) or (ROWS, H HD), their sums (K/128,); whole lines of 128 bytes
+def _own(s: Shape) -> int: # numbers that a program keeps to itself: a row of the embedding (D,), activations (ROWS, D) or (ROWS, H HD), their sums (K/128,); whole lines of 128 bytes
     A = s.heads*s.head_dim
-    return triton.cdiv(s.hidden + max(2*s.hidden, ROWS*A) + triton.cdiv(max(s.hidden, A, s.ffn), 128), 32)*32
+    return triton.cdiv(s.hidden + ROWS*max(s.hidden, A) + triton.cdiv(max(s.hidden, A, s.ffn), 128), 32)*32
 
 def _splits(s: Shape) -> int: # of a head's cache
     return max(NOMINAL//s.kv_heads, 1)
@@ -645,10 +692,12 @@ def _tile_rows(N: int, words: int) -> int: # rows; of 32-bit words
     return min((b for b in (16, 8, 4) if least <= b <= max(most, least)), key=lambda b: (triton.cdiv(triton.cdiv(N, b), NOMINAL)*(b + 2048/words), -b))
 
 def _columns(K: int, bits: int, rows: int, tile: int) -> tuple[int, int]: # words (numbers for `_rows`) a step along a row; slices of `_rows`
-    """One to four times four words a thread, so many that the least is left empty in the last step, the larger of equals"""
-    if rows > 1: return (128*bits//32, 8) if bits < 16 else (_divisor(K, 32), 8)
+    """One to four times four words a thread, so many that the least is left empty in the last step, the larger of equals; where rows are short, four words for each
+    thread of a warp. With several rows a slice is a block of packed weights, or up to 256 bytes of a row of others"""
+    if rows > 1: return 128*bits//32 if bits < 16 else min(2048//bits, max(16, triton.next_power_of_2(triton.cdiv(K, 8)))), 8
     words = K*bits//32
-    return min((min(n//tile, triton.next_power_of_2(words)) for n in (4096, 2048, 1024)), key=lambda b: (triton.cdiv(words, b)*b, -b)), 1
+    sizes = (4096, 2048, 1024) if words > 1024 else (128*max(tile, 8),)
+    return min((min(n//tile, triton.next_power_of_2(words)) for n in sizes), key=lambda b: (triton.cdiv(words, b)*b, -b)), 1
 
 def _bits(w: torch.Tensor | Quantised) -> int:
     return KINDS[w.kind] if isinstance(w, Quantised) else 8*w.element_size()
@@ -663,7 +712,7 @@ def _constants(shape: Shape, bits: int, head_bits: int, rows: int, splits: int, 
         tile = _tile_rows(N, K*b//32) if R == 1 else 16
         cuts[name] = Cut(N, K, b, tile, *_columns(K, b, R, tile))
     return dict(zip(("QKV", "O", "GU", "DOWN", "HEAD"), cuts.values())) | dict(
-        A=s, SAMPLE=sample, R=R, ROWS=ROWS, OWN=_own(s), SPLITS=splits, BC=_divisor(s.heads*s.head_dim, 1024), BE=_divisor(s.hidden, 1024),
+        A=s, SAMPLE=sample, R=R, ROWS=ROWS, OWN=_own(s), SPLITS=splits, BC=_divisor(s.heads*s.head_dim, 1024), BE=_divisor(s.hidden, 1024 if R == 1 else 256),
         BG=triton.next_power_of_2(s.heads//s.kv_heads), BT=min(max(triton.next_power_of_2(s.max_len)//64, 16), 64), BP=max(2, triton.next_power_of_2(programs)),
         AHEAD=ahead, REVERSE=reverse)
 
@@ -873,13 +922,13 @@ def weight_costs(compiled, # `aot.Compiled` of …
     read = lambda loop: sum(int(m[1] or 32)//8 for x in loop if (m := re.search(r"LDG\.E\.EF(?:\.CONSTANT)?(?:\.(64|128))?", x))) # bytes a trip
     multiplies = lambda loop: any("HMMA" in x for x in loop) and not any("MUFU.EX2" in x for x in loop)
     loops = [(loop, stage) for loop, stage in _innermost(compiled) if (multiplies if rows else read)(loop)]
-    adds = iter(("O", "DOWN"))                                                    # both are in `_add_stage`
-    names = [dict(_head_stage="HEAD", _qkv_stage="QKV", _gate_up_stage="GU").get(stage) or next(adds, None) for _, stage in loops]
-    cuts = {name: case.constexprs[name] for name in ("QKV", "O", "GU", "DOWN", "HEAD")}
+    of = dict(_qkv_stage="QKV", _output_stage="O", _gate_up_stage="GU", _down_stage="DOWN", _head_stage="HEAD")
+    names = [of.get(stage) for _, stage in loops]
+    cuts = {name: case.constexprs[name] for name in of.values()}
     if set(names) != set(cuts) or len(names) != len(cuts): raise ValueError(f"{compiled.label}: a loop for each of {', '.join(cuts)} wanted, found {names}")
     def weights(name, loop): # a trip, a thread
         m = cuts[name]
-        if rows: return m.S*m.BK*m.BN/threads*(32//m.bits if m.bits < 16 else 1)
+        if rows: return m.BN*m.K/threads/triton.cdiv(m.width, m.S*m.BK)
         tile, size = m.BN*m.K*m.bits/8/threads, read(loop)                        # bytes; a loop may go over a row, or, where rows are short, over tiles
         if size < tile and tile % size and not m.K*m.bits//32 % m.BK: raise ValueError(f"{compiled.label}: the loop over {name} reads {size} bytes of {tile:g}")
         return min(size, tile)*8/m.bits

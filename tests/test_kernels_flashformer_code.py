@@ -1,22 +1,21 @@
 """The persistent decoder as machine code: the barrier that is left of it and its order, what spills, and how many instructions a weight costs, matrix by matrix."""
-import re
+import random, re
 import pytest
+import torch
 
 pytest.importorskip('triton')
 from rlcr_suite.flashformer.bandwidth import GPUS
 from rlcr_suite.kernels import flashformer
 from rlcr_suite.kernels.aot import SHARED_LIMIT, compile_cases
-from rlcr_suite.kernels.flashformer import BUDGET, MODELS, NOMINAL, OPTIONS, Shape, _constants, aot_cases, weight_costs
+from rlcr_suite.kernels.flashformer import BUDGET, MODELS, NOMINAL, OPTIONS, Shape, _constants, _pairs, aot_cases, weight_costs
 
-#: what is beyond `BUDGET`, held at its number, which the notebook about the kernel's layout shows, rounded up to one decimal: bounds that were set after the numbers were
-#: seen. Where rows are short a tile is a step or two, the loop over steps is gone, and the loop that is left holds the tile's end too
-BEYOND = {('Llama-3.2-1B', 'bf16', 'QKV'): 4.5, ('Llama-3.2-1B', 'int8', 'QKV'): 5.5, ('Qwen2.5-1.5B', 'bf16', 'GU'): 4.1}
-MEAN_BEYOND = {('Qwen2.5-1.5B', 'bf16'): 3.8} # half of its weights are gate and up
-#: and with sixteen rows a pass, of the dearest loop over matrices of a kind, likewise set after the numbers: activations are made narrow in two halves for every tile
-ROWS_COST = dict(bf16=10.9, fp16=10.4, int8=14.8, int4=16.)
+#: the dearest loop of each number of bits, rounded up to one decimal: within `BUDGET`, set after the numbers were seen, so that it does not get worse
+REACHED = {16: 3.5, 8: 4.2, 4: 4.0}
+#: and with sixteen rows a pass, likewise: what is written by itself with tensor cores, of four bits, costs 3.1 to 3.7
+ROWS_REACHED = {16: 2.6, 8: 3.9, 4: 3.7}
 FAST = [('Llama-3.2-1B', 'bf16'), ('Llama-3.2-1B', 'int8'), ('Qwen2.5-1.5B', 'bf16'), ('Llama-3.1-8B', 'bf16'), ('Llama-3.1-8B', 'int8'), ('Llama-3.1-8B', 'int4-g128')] # all that carry a bar, and 1B int8
-# the other forms: rows at once, of 8 bits too (the head of the model of four), drawn tokens, norms of queries and keys, float16 on an A100
-FORMS = [('Llama-3.1-8B', 'bf16', 90, False), ('Qwen3-8B', 'int4-g128', 90, True), ('Qwen3-8B', 'fp16', 80, False)]
+# the other forms: rows at once, of 8 bits too (the head of the models of four), drawn tokens, norms of queries and keys, a last step that is not full, a B200, float16 on an A100
+FORMS = [('Llama-3.1-8B', 'bf16', 90, False), ('Qwen2.5-1.5B', 'bf16', 90, False), ('Qwen3-8B', 'int4-g128', 90, True), ('Llama-3.1-8B', 'int4-g128', 100, False), ('Qwen3-8B', 'fp16', 80, False)]
 
 def compiled(model, kind, rows=1, sm=90, sample=False):
     "Machine code, and the case that it was made of"
@@ -26,18 +25,15 @@ def compiled(model, kind, rows=1, sm=90, sample=False):
 @pytest.mark.parametrize('model, kind', FAST)
 def test_machine_code(model, kind):
     "One spin and one invalidation for all barriers of all layers, one atomic, no register spilled, and for each matrix as many instructions a weight as there is time for"
-    (c, case), bits, gpu = compiled(model, kind), kind.split('-')[0], GPUS['H200']
+    (c, case), gpu = compiled(model, kind), GPUS['H200']
     cost = weight_costs(c, case)
     cuts = {name: case.constexprs[name] for name in cost}
     print(f'{c.label}: {c.registers} registers, {c.shared} bytes shared, instructions a weight:', *(f'{name} {n:.2f}' for name, n in cost.items()))
     check_barrier(c)
     assert c.spills == 0 and c.stack == 0 and c.shared <= SHARED_LIMIT[90] and c.resident >= 1
     for name, n in cost.items():
-        most = BEYOND.get((model, bits, name), BUDGET[cuts[name].bits])
-        assert n <= most, (name, n, most)
+        assert n <= REACHED[cuts[name].bits] <= BUDGET[cuts[name].bits], (name, n)
         if cuts[name].bits > 4: assert gpu.issue/n*cuts[name].bits/8 > gpu.copied, (name, n)                # memory, not issue, is the limit
-    read = {name: m.N*m.K*m.bits*(1 if name == 'HEAD' else MODELS[model].layers) for name, m in cuts.items()}
-    assert sum(cost[name]*n for name, n in read.items())/sum(read.values()) <= MEAN_BEYOND.get((model, bits), BUDGET[cuts['GU'].bits]), cost   # the mean over all that a token reads
 
 def check_barrier(c):
     """All barriers are one place in the code. What was written is released before the program is counted in; then prefetches; the spin; what others wrote is acquired, and
@@ -53,13 +49,33 @@ def check_barrier(c):
 
 @pytest.mark.parametrize('model, kind, sm, sample', FORMS)
 def test_rows_at_once(model, kind, sm, sample):
-    "Sixteen rows: tensor cores, the same barrier, no register spilled; instructions a weight are many, and stay what they are"
-    (c, case), bits = compiled(model, kind, 16, sm, sample), kind.split('-')[0]
+    "Sixteen rows: tensor cores, the same barrier, no register spilled, and no more instructions a weight than a single row may take"
+    c, case = compiled(model, kind, 16, sm, sample)
     cost = weight_costs(c, case)
     print(f'{c.label}: {c.registers} registers, {c.shared} bytes shared, instructions a weight:', *(f'{name} {n:.2f}' for name, n in cost.items()))
     check_barrier(c)
     assert c.spills == 0 and c.stack == 0 and c.shared <= SHARED_LIMIT[sm] and c.resident >= 1
-    for name, n in cost.items(): assert n <= ROWS_COST['int8' if case.constexprs[name].bits == 8 else bits], (name, n)
+    for name, n in cost.items(): assert n <= ROWS_REACHED[case.constexprs[name].bits], (name, n)
+
+def run_ptx(text, words):
+    "What the few instructions of `_pairs` make of registers of 32 bits, by their definitions"
+    found = {f'${text.count("fma") + i}': x for i, x in enumerate(words)}         # inputs are numbered behind the results, of which each ends in one
+    value = lambda a: found[a] if a in found else int(a, 0)
+    halves = lambda x: [torch.tensor([x >> s & 0xFFFF], dtype=torch.int32).to(torch.int16).view(torch.bfloat16).double().item() for s in (0, 16)]
+    packed = lambda pair: sum(int(torch.tensor([y]).bfloat16().view(torch.int16).item() & 0xFFFF) << s for y, s in zip(pair, (0, 16)))
+    def prmt(a, b, how): return sum(((a | b << 32) >> 8*(how >> 4*i & 7) & 0xFF) << 8*i for i in range(4))
+    def lop3(a, b, c, table): return sum((table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | c >> i & 1) & 1) << i for i in range(32))
+    does = dict(mov=lambda a: a, shr=lambda a, n: a >> n, prmt=prmt, lop3=lop3, fma=lambda *x: packed(a*b + c for a, b, c in zip(*map(halves, x))))
+    for name, to, args in re.findall(r'^(mov|shr|prmt|lop3|fma)\S* (\S+), (.*);$', text, re.M): found[to] = does[name](*map(value, args.split(', ')))
+    return found, halves
+
+@pytest.mark.parametrize('bits', [8, 4])
+def test_unpacking_by_pairs(bits):
+    "The inline assembly that the interpreter cannot run: every part of two words, exactly, two to a register"
+    r = random.Random(bits)
+    for words in [(0, 2**32 - 1), (2**31, 1), *((r.getrandbits(32), r.getrandbits(32)) for _ in range(64))]:
+        found, halves = run_ptx(_pairs(bits), words)
+        for i in range(32//bits): assert halves(found[f'${i}']) == [(w >> bits*i & 2**bits - 1) - 2**(bits - 1) for w in words]
 
 def test_float32_is_compiled():
     c, _ = compiled('Llama-3.2-1B', 'fp32', sm=80)

@@ -187,7 +187,7 @@ def test_claims(paper, tmp_path, monkeypatch):
 def test_plans_can_be_run(paper, tmp_path):
     "Every task and every test of every scale can be drawn, and what the results page reads is there"
     experiment, _ = CHAPTERS[paper]
-    every = (*experiment.MIXERS, *getattr(experiment, 'RECURRENT', ()))
+    every = (*experiment.MIXERS, *getattr(experiment, 'RECURRENT', ()), *getattr(experiment, 'ATTENTION', ())) # and those of other chapters
     for scale, s in experiment.SCALES.items():
         json.dumps(s.plan) # plans go to processes as JSON
         assert scale == 'test' or len(s.seeds) >= 3

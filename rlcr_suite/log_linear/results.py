@@ -100,7 +100,7 @@ def _special_case(e:Evidence)->Interval:
     return exact(worst, 260)
 
 # %% ../../nbs/03_log_linear/08_results.ipynb #81df6f6b
-RECALL = {'mqar': ('mqar-8', 'mqar-16', 'mqar-32'), 'mqrar': ('mqrar-8', 'mqrar-16'), 'as_of': ('as_of-8', 'as_of-16')} # kind -> tasks of the plan, by the width of the state; the quick scale has the first of each
+RECALL = {'mqar': ('mqar-8', 'mqar-16', 'mqar-32', 'mqar-64'), 'mqrar': ('mqrar-8', 'mqrar-16'), 'as_of': ('as_of-8', 'as_of-16')} # kind -> tasks of the plan, by the width of the state; the quick scale has the first of each
 QUARTERS = tuple(slice(4*i, 4*i + 4) for i in range(4)) # of the sixteen bins of the text's places
 
 LEARNED = 1.5 # times as often right as guessing: below, a run has not left the plateau

@@ -117,22 +117,26 @@ def share(i:Interval)->Interval:
     "A share lies in [0, 1], and so do the ends of its interval"
     return replace(i, low=max(i.low, 0.), high=min(i.high, 1.)) # an end that is not a number stays one
 
-def error(e:Evidence, mixer:str, test:str, task:str='flip-flop')->Interval: # test: id, sparse or dense
-    "Share of bits that are read wrongly"
+def error(e:Evidence, mixer:str, test:str, task:str='flip-flop')->Interval|None: # test: id, sparse or dense
+    "Share of bits that are read wrongly; None where the task was not run"
+    if task not in set(e.scores.task): return None
     i = interval(Measured(e.scores, mixer, task, test), 'accuracy')
     return share(Interval(1 - i.value, 1 - i.high, 1 - i.low, i.n, seeds=i.seeds))
+
+def _if_learned(i:Interval, e:Evidence, mixer:str, task:str)->Interval:
+    "The same; without ends, and so undecided, where a mixer's error as in training says that it has not learned the task"
+    return i if error(e, mixer, 'id', task).value <= LEARNED else replace(i, low=np.nan, high=np.nan)
 
 def shift(e:Evidence, mixer:str)->Interval:
     "Error on the sparse test minus that as in training; without ends, and so undecided, where the latter says that the task was not learned"
     known, sparse = (Measured(e.scores, mixer, 'flip-flop', test) for test in ('id', 'sparse'))
-    i = interval(known, 'accuracy', sparse)
-    return i if error(e, mixer, 'id').value <= LEARNED else replace(i, low=np.nan, high=np.nan)
+    return _if_learned(interval(known, 'accuracy', sparse), e, mixer, 'flip-flop')
 
 def _rope_two(e:Evidence)->Interval|None:
     "Error on the sparse test of RoPE with two layers minus that of PaTH with one; without ends where the former has not learned the task, None where it was not run"
     if 'flip-flop-2' not in set(e.scores.task): return None
     i = interval(Measured(e.scores, 'path', 'flip-flop', 'sparse'), 'accuracy', Measured(e.scores, 'softmax', 'flip-flop-2', 'sparse'))
-    return i if error(e, 'softmax', 'id', 'flip-flop-2').value <= LEARNED else replace(i, low=np.nan, high=np.nan)
+    return _if_learned(i, e, 'softmax', 'flip-flop-2')
 
 def products(e:Evidence, mixer:str, task:str, other:tuple[str, str]|None=None, test:str='same')->Interval|None:
     "Accuracy at the last product of a word, or its difference to another mixer and task; None where one was not run"
@@ -178,10 +182,10 @@ def _gpu_training(e:Evidence)->dict|None:
 OURS: dict[str, Callable] = {
     'wy': _wy, 'blocks': _blocks, 'decode': _decode, 'mqrar': _mqrar, 'speed-forward': _ratio('forward'), 'speed-both': _ratio('both'),
     'flip-flop-id': lambda e: error(e, 'path', 'id'), 'flip-flop-sparse': lambda e: error(e, 'path', 'sparse'), 'flip-flop-dense': lambda e: error(e, 'path', 'dense'),
-    'rope-sparse': lambda e: shift(e, 'softmax'), 'fox-sparse': lambda e: shift(e, 'fox'), 'rope-two': _rope_two, 'fox-two': lambda e: error(e, 'fox', 'sparse', 'flip-flop-2') if 'flip-flop-2' in set(e.scores.task) else None,
+    'rope-sparse': lambda e: shift(e, 'softmax'), 'fox-sparse': lambda e: shift(e, 'fox'), 'rope-two': _rope_two, 'fox-two': lambda e: error(e, 'fox', 'sparse', 'flip-flop-2'),
     'gpu-forward': trials.times_faster('path forward'), 'gpu-backward': trials.times_faster('path backward'), 'gpu-decode': trials.times_faster('path decode'), 'gpu-training': _gpu_training,
     's3': lambda e: products(e, 'path', 'S3'), 's5': lambda e: products(e, 'path', 'S5'), 's5-rope': lambda e: products(e, 'path', 'S5', ('softmax', 'S5')),
-    's5-fox': lambda e: products(e, 'path', 'S5', ('fox', 'S5')), 's5-longer': lambda e: products(e, 'path', 'S5', test='longer'), 
+    's5-fox': lambda e: products(e, 'path', 'S5', ('fox', 'S5')), 's5-longer': lambda e: products(e, 'path', 'S5', test='longer'),
     's5-layers': lambda e: products(e, 'path', 'S5', ('softmax', 'S5-4')), 'a5': lambda e: products(e, 'path', 'A5'), 'a5-layers': lambda e: products(e, 'path', 'A5', ('softmax', 'A5-4')),
     'text-path': lambda e: language(e, 'path', 'softmax'), 'text-path-fox': lambda e: language(e, 'path_fox', 'fox'), 'longer-rope': lambda e: longer(e, 'path_fox', 'softmax')}
 
